@@ -1,0 +1,10 @@
+"""ctc_loss, forward and backward: `pytest benchmarks/bench_ctc_loss.py`."""
+
+import pytest
+
+OP = "ctc_loss"
+
+
+@pytest.mark.parametrize("name", ["ours", "eager", "copy"])
+def bench_ctc_loss(run, name):
+    run(name)

@@ -1,0 +1,39 @@
+"""Options of the pytest-benchmark files."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tiny", action="store_true", help="tiny shapes: try the files, measure nothing"
+    )
+    parser.addoption("--threads", type=int, default=2, help="torch threads")
+
+
+def pytest_generate_tests(metafunc):
+    from shapes import select
+
+    op = getattr(metafunc.module, "OP", None)
+    if "shape" in metafunc.fixturenames:
+        shapes = select(op, metafunc.config.getoption("tiny"))
+        metafunc.parametrize("shape", shapes, ids=lambda s: s.label)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request):
+    torch.set_num_threads(request.config.getoption("threads"))
+
+
+@pytest.fixture
+def run(benchmark, shape):
+    """Time one contender of one shape; contenders of a shape form a group."""
+    from contenders import contenders, make_inputs
+
+    def run(name):
+        step = contenders(shape, make_inputs(shape), compiled=name == "compile")[name]
+        benchmark.group = f"{shape.op} {shape.label}"
+        benchmark.extra_info["logit_bytes"] = 4 * shape.numel
+        benchmark.pedantic(step, rounds=20, warmup_rounds=3)
+
+    return run

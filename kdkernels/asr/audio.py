@@ -1,0 +1,107 @@
+"""Audio: reading, resampling, noise and reverberation. Everywhere int16, mono, 16 kHz."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+
+from .files import TrainError
+
+SAMPLE_RATE = 16000
+
+
+def check(path: Path, duration: float | None, where: str) -> float:
+    """Seconds of an audio file; raises unless it is there, is audio, and is whole.
+
+    `where` names the manifest's line in the message. Reads the header and the last sample only.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = file.frames / file.samplerate
+            if file.frames <= 0:
+                raise TrainError(f"{where}: {path} holds no audio; remove the line")
+            file.seek(file.frames - 1)
+            whole = len(file.read(1)) == 1
+    except FileNotFoundError as error:
+        raise TrainError(f"{where}: there is no file {path}; mend audio_filepath") from error
+    except (soundfile.SoundFileError, OSError) as error:
+        if not path.exists():
+            raise TrainError(f"{where}: there is no file {path}; mend audio_filepath") from error
+        raise TrainError(
+            f"{where}: {path} cannot be read as audio ({error}); replace it or remove the line"
+        ) from error
+    short = duration is not None and seconds < 0.95 * duration - 0.1
+    if not whole or short or _cut_short(path):
+        raise TrainError(f"{where}: {path} is truncated; replace it or remove the line")
+    return seconds
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a RIFF file is shorter than its header says; libsndfile reads it all the same."""
+    with open(path, "rb") as file:
+        header = file.read(8)
+    size = int.from_bytes(header[4:8], "little")
+    streamed = size in (0, 0xFFFFFFFF)
+    return header[:4] == b"RIFF" and not streamed and path.stat().st_size < size + 8
+
+
+def read(path: Path) -> np.ndarray:
+    """Any file libsndfile reads -> int16 [samples], mono, 16 kHz."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise TrainError(f"{path} cannot be read as audio ({error})") from error
+    return to_int16(resample(samples.mean(1), rate))
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """float [samples] in [-1, 1] -> int16."""
+    return np.clip(np.rint(samples * 32767), -32768, 32767).astype(np.int16)
+
+
+def resample(samples: np.ndarray, rate: int, new_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """float32 [samples] at `rate` -> float32 at `new_rate`: windowed sinc, 6 zero crossings."""
+    if rate == new_rate:
+        return samples
+    step, phases = (r // math.gcd(rate, new_rate) for r in (rate, new_rate))
+    kernel, width = _sinc(step, phases)
+    padded = F.pad(torch.from_numpy(samples), (width, width + step))
+    out = F.conv1d(padded[None, None], kernel, stride=step)[0].T.reshape(-1)
+    return out[: math.ceil(len(samples) * phases / step)].numpy()
+
+
+@cache
+def _sinc(step: int, phases: int) -> tuple[torch.Tensor, int]:
+    """One low-pass filter for each of the `phases` positions of an output between two inputs."""
+    cutoff = 0.97 * min(1.0, phases / step)
+    width = math.ceil(6 / cutoff)
+    position = torch.arange(-width, width + step, dtype=torch.float64)
+    t = (position - torch.arange(phases)[:, None] * step / phases) * cutoff
+    window = torch.where(t.abs() < 6, torch.cos(t * torch.pi / 12) ** 2, 0.0)
+    return (cutoff * torch.sinc(t) * window).float()[:, None], width
+
+
+def reverberate(samples: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Convolve with a room: a direct path and a tail of noise that falls 60 dB in `seconds`."""
+    tail = int(seconds * SAMPLE_RATE)
+    decay = np.exp(-6.9 * np.arange(tail) / tail)
+    room = 0.1 * rng.standard_normal(tail, np.float32) * decay.astype(np.float32)
+    room[0] = 1.0
+    size = 1 << (len(samples) + tail - 1).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(room, size), size)
+    return wet[: len(samples)].astype(np.float32)
+
+
+def add_noise(samples: np.ndarray, snr: float, colour: float, rng) -> np.ndarray:
+    """Add noise `snr` dB below the speech, its power falling as 1 / frequency**colour."""
+    size = 1 << (len(samples) - 1).bit_length()
+    half = size // 2 + 1
+    spectrum = rng.standard_normal(2 * half, np.float32).view(np.complex64)
+    spectrum *= np.maximum(np.arange(half, dtype=np.float32), 8) ** (-colour / 2)
+    noise = np.fft.irfft(spectrum, size)[: len(samples)].astype(np.float32)
+    gain = np.sqrt((samples**2).mean() / (noise**2).mean()) * 10 ** (-snr / 20)
+    return samples + gain * noise

@@ -1,0 +1,327 @@
+"""Manifests, feature shards on disk, batches.
+
+A shard holds the features of up to SHARD utterances and is made by a process of its own, so that
+what espeak-ng says is a function of the shard alone. An interrupted build goes on at the first
+shard that is missing.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from . import audio, corpus, features
+from .espeak import Espeak, paths
+from .files import TrainError, digest, load_tensors, save_tensors
+
+SHARD = 250
+FORMAT = 1  # to be raised whenever the samples or the features change
+
+
+def normalise(text: str) -> str:
+    """Lower case; letters, digits and apostrophes; one space between words."""
+    return " ".join(re.sub(r"[^\w']|_", " ", text.lower()).split())
+
+
+# ---- what a shard is made of: picklable, and callable in a fresh process -------------------------
+
+
+@dataclass(frozen=True)
+class Synthesised:
+    """Utterances [start, stop) of a split of the synthesised corpus."""
+
+    seed: int
+    split: str
+    start: int
+    stop: int
+
+    def key(self) -> list:
+        return [self.seed, self.split, self.start, self.stop]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def utterances(self) -> Iterator[tuple]:
+        """Yields (samples int16 [samples], text)."""
+        espeak = Espeak()
+        for index in range(self.start, self.stop):
+            spoken = corpus.utterance(self.seed, self.split, index)
+            yield corpus.speak(espeak, spoken), spoken.text
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Lines of a manifest: (path, text) each."""
+
+    lines: tuple[tuple[str, str], ...]
+
+    def key(self) -> list:
+        stats = [Path(path).stat() for path, _ in self.lines]
+        return [self.lines, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def utterances(self) -> Iterator[tuple]:
+        for path, text in self.lines:
+            yield audio.read(Path(path)), text
+
+
+def synthesised(seed: int, split: str, count: int) -> list[Synthesised]:
+    paths()  # a missing espeak-ng is told at once
+    starts = range(0, count, SHARD)
+    return [Synthesised(seed, split, start, min(start + SHARD, count)) for start in starts]
+
+
+def recorded(manifest: str, transcripts: bool) -> list[Recorded]:
+    """A NeMo manifest, every line and every file checked. `transcripts`: whether text is needed."""
+    path = Path(manifest)
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainError(f"cannot read the manifest {manifest}: {error}") from error
+    lines = []
+    for number, row in enumerate(rows, 1):
+        if row.strip():
+            lines.append(_line(path, f"{manifest}, line {number}", row, transcripts))
+    if not lines:
+        raise TrainError(f"the manifest {manifest} has no line; write one per utterance")
+    return [Recorded(tuple(lines[i : i + SHARD])) for i in range(0, len(lines), SHARD)]
+
+
+def _line(manifest: Path, where: str, row: str, transcripts: bool) -> tuple[str, str]:
+    """(audio path, text) of one line."""
+    example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
+    try:
+        entry = json.loads(row)
+        filepath = entry["audio_filepath"]
+        text = normalise(entry["text"]) if transcripts else ""
+        duration = entry.get("duration")
+        duration = None if duration is None else float(duration)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise TrainError(f"{where}: {reason}; expected e.g. {example}") from error
+    if not isinstance(filepath, str):
+        raise TrainError(f"{where}: `audio_filepath` is no text; expected e.g. {example}")
+    if transcripts and not text:
+        raise TrainError(f"{where}: `text` has no word; transcribe the utterance or drop the line")
+    file = manifest.parent / filepath
+    audio.check(file, duration, where)
+    return str(file.resolve()), text
+
+
+# ---- shards ------------------------------------------------------------------------------------
+
+
+class Dataset(NamedTuple):
+    """Utterances in memory."""
+
+    features: list[Tensor]  # float16 [frames, MELS] each
+    texts: list[str]
+    seconds: float  # of audio
+    key: str  # of what the utterances are
+    sha256: str  # of the samples and texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def part(self, start: int, stop: int) -> "Dataset":
+        chosen, texts = self.features[start:stop], self.texts[start:stop]
+        seconds = sum(len(f) for f in chosen) / features.FRAMES_PER_SECOND
+        key = digest(self.key, start, stop)
+        return Dataset(chosen, texts, seconds, key, digest(self.sha256, start, stop))
+
+
+Source = Synthesised | Recorded
+
+
+def shard_key(source: Source) -> str:
+    settings = [FORMAT, audio.SAMPLE_RATE, features.MELS, features.HOP, features.FFT]
+    return digest(settings, type(source).__name__, source.key())
+
+
+def make_shard(source: Source, path: Path) -> None:
+    """Samples -> features -> one file. Runs in a process of its own."""
+    torch.set_num_threads(1)
+    rows, texts, samples_seen, sha256 = [], [], 0, hashlib.sha256()
+    for samples, text in source.utterances():
+        rows.append(features.log_mel(torch.from_numpy(samples)))
+        texts.append(text)
+        samples_seen += len(samples)
+        sha256.update(samples.tobytes() + text.encode() + b"\0")
+    tensors = {
+        "features": torch.cat(rows),
+        "lengths": torch.tensor([len(row) for row in rows]),
+    }
+    seconds = samples_seen / audio.SAMPLE_RATE
+    facts = {"texts": texts, "seconds": seconds, "sha256": sha256.hexdigest()}
+    save_tensors(path, tensors, shard_key(source), **facts)
+
+
+def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> Dataset:
+    """All utterances of `sources`, from `folder`; missing shards are made first.
+
+    `done(n)` is called after every n utterances, for a progress bar.
+    """
+    keys = [shard_key(source) for source in sources]
+    files = [folder / f"features-{key[:16]}.safetensors" for key in keys]
+
+    def shard(i: int) -> tuple[dict, dict]:
+        found = load_tensors(files[i], keys[i])
+        if found is None:
+            _in_fresh_process(make_shard, sources[i], files[i])
+            found = load_tensors(files[i], keys[i])
+        done(len(found[1]["texts"]))
+        return found
+
+    rows, texts, seconds = [], [], 0.0
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for tensors, facts in pool.map(shard, range(len(sources))):
+            rows += tensors["features"].split(tensors["lengths"].tolist())
+            texts += facts["texts"]
+            seconds += facts["seconds"]
+            keys.append(facts["sha256"])
+    finally:
+        pool.shutdown(cancel_futures=True)
+    shards = len(sources)
+    return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]))
+
+
+def _in_fresh_process(function: Callable, *arguments) -> None:
+    """Run in a process that has never spoken; what it raises is raised here.
+
+    forkserver: the process is forked from one that has imported everything and done nothing.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    try:
+        with ProcessPoolExecutor(1, context) as executor:
+            executor.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise TrainError(
+            "a process that computes features was killed (out of memory?); finished parts are "
+            "kept: run the same command again, perhaps with --workers 1"
+        ) from error
+
+
+# ---- batches -----------------------------------------------------------------------------------
+
+
+class Alphabet:
+    """Characters <-> classes 1, 2, ...; class 0 is the CTC blank."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._index = {character: i for i, character in enumerate(characters, 1)}
+
+    @classmethod
+    def of(cls, texts: list[str]) -> "Alphabet":
+        return cls("".join(sorted(set("".join(texts)))))
+
+    def __len__(self) -> int:
+        return 1 + len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """[S] classes; characters outside the alphabet are left out."""
+        return torch.tensor([self._index[c] for c in text if c in self._index], dtype=torch.int64)
+
+    def decode(self, classes: list[int]) -> str:
+        return "".join(self.characters[c - 1] for c in classes)
+
+
+class Corpora(NamedTuple):
+    transcribed: Dataset  # teaches the teacher
+    student: Dataset  # its first utterances: all the transcripts that a student gets
+    untranscribed: Dataset
+    dev: Dataset
+    test: Dataset
+    alphabet: Alphabet
+
+
+class Batch(NamedTuple):
+    features: Tensor  # float32 [N, frames, MELS], zero padded
+    lengths: Tensor  # int64 [N], in feature frames
+    targets: Tensor  # int64 [N, S]
+    target_lengths: Tensor  # int64 [N]; 0 without a transcript
+    labelled: Tensor  # bool [N]
+    teacher_logits: Tensor | None  # [N, T, C], zero padded
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if x is None else x.to(device) for x in self))
+
+
+class Pool(NamedTuple):
+    """Utterances that batches are drawn from, with transcripts or without."""
+
+    data: Dataset
+    alphabet: Alphabet | None  # None: no transcripts
+    logits: list[Tensor] | None = None  # the teacher's, float16 [T, C] each
+
+    def target(self, index: int) -> Tensor:
+        """[S] classes; none without transcripts."""
+        text = self.data.texts[index] if self.alphabet else ""
+        return (self.alphabet or Alphabet("")).encode(text)
+
+
+def schedule(lengths: list[int], seed: int, seconds: float, steps: int) -> list[list[int]]:
+    """The utterances of each of `steps` batches, of at most `seconds` of audio with padding.
+
+    Every epoch is a permutation, cut into pieces whose utterances are sorted by length, so that
+    little is padding. A function of its arguments: a training that goes on draws the same.
+    """
+    frames, rng, batches = seconds * features.FRAMES_PER_SECOND, random.Random(seed), []
+    while len(batches) < steps:
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        epoch: list[list[int]] = []
+        for start in range(0, len(order), 256):
+            epoch.append([])
+            for index in sorted(order[start : start + 256], key=lengths.__getitem__):
+                if epoch[-1] and (len(epoch[-1]) + 1) * lengths[index] > frames:
+                    epoch.append([])
+                epoch[-1].append(index)
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches[:steps]
+
+
+def collate(chosen: list[tuple[Pool, int]]) -> Batch:
+    """Utterances of one or several pools, padded to the longest."""
+    rows = [pool.data.features[i].float() for pool, i in chosen]
+    targets = [pool.target(i) for pool, i in chosen]
+    logits = [pool.logits[i] for pool, i in chosen if pool.logits]
+    return Batch(
+        pad_sequence(rows, batch_first=True),
+        torch.tensor([len(row) for row in rows]),
+        pad_sequence(targets, batch_first=True),
+        torch.tensor([len(target) for target in targets]),
+        torch.tensor([pool.alphabet is not None for pool, _ in chosen]),
+        pad_sequence(logits, batch_first=True) if logits else None,
+    )
+
+
+def batches(
+    parts: list[tuple[Pool, float]], seed: int, seconds: float, steps: int
+) -> Callable[[int], Batch]:
+    """step -> Batch, each part (pool, share) bringing its share of the `seconds` of audio."""
+    schedules = [
+        schedule([len(f) for f in pool.data.features], seed, share * seconds, steps)
+        for pool, share in parts
+    ]
+    return lambda step: collate(
+        [(pool, i) for (pool, _), plan in zip(parts, schedules, strict=True) for i in plan[step]]
+    )

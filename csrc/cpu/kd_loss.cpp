@@ -1,0 +1,137 @@
+// kd_loss on the CPU: rows in parallel, each read once from memory and its gradient written once.
+// Nothing of the size of the logits is stored besides the gradient.
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "cpu/divergence.h"
+#include "cpu/kernels.h"
+#include "cpu/row.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+namespace {
+
+// Element offsets of the rows of several tensors that have the same sizes, in order.
+class RowOffsets {
+ public:
+  static constexpr int kTensors = 4, kMaxDims = 16;
+
+  RowOffsets(int64_t dims, const int64_t* layout, int64_t row) : dims_(dims), layout_(layout) {
+    for (int64_t d = dims - 1; d >= 0; d--) {
+      index_[d] = row % layout[d];
+      row /= layout[d];
+      for (int i = 0; i < kTensors; i++) offset_[i] += index_[d] * stride(i, d);
+    }
+  }
+
+  int64_t operator[](int tensor) const { return offset_[tensor]; }
+
+  void next() {
+    for (int64_t d = dims_ - 1; d >= 0; d--) {
+      for (int i = 0; i < kTensors; i++) offset_[i] += stride(i, d);
+      if (++index_[d] < layout_[d]) return;
+      for (int i = 0; i < kTensors; i++) offset_[i] -= layout_[d] * stride(i, d);
+      index_[d] = 0;
+    }
+  }
+
+ private:
+  int64_t stride(int tensor, int64_t d) const { return layout_[(1 + tensor) * dims_ + d]; }
+
+  int64_t dims_;
+  const int64_t* layout_;
+  int64_t index_[kMaxDims] = {};
+  int64_t offset_[kTensors] = {};
+};
+
+template <class Float>
+void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,
+             const void* student, DType student_dtype, const void* teacher, DType teacher_dtype,
+             const Float* weight, double temperature, double teacher_temperature,
+             Divergence divergence, double beta, Reduction reduction, bool rescale, Float* loss,
+             void* grad_student, void* grad_teacher, Float* row_loss, Float* workspace,
+             int threads) {
+  double scale = rescale ? temperature * temperature : 1.0;
+  if (reduction == Reduction::batchmean) scale = batch > 0 ? scale / double(batch) : 0.0;
+  if (reduction == Reduction::mean) {
+    double count = double(rows);
+    if (weight) {
+      count = 0;
+      for (int64_t r = 0; r < rows; r++) count += double(weight[r]);
+    }
+    scale = count != 0 ? scale / count : 0.0;
+  }
+  if (grad_student) advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
+  if (grad_teacher) advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
+
+  // Chunks of rows large enough to hide their hand-out, small enough to balance rows of weight 0.
+  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(rows / (4 * threads), 32768 / C));
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+#pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
+  {
+    Float* scratch = workspace + int64_t(omp_get_thread_num()) * 6 * C;
+    const DivergenceRow<Float> divergence_row{divergence, Float(1 / temperature),
+                                              Float(1 / teacher_temperature), Float(beta), C,
+                                              scratch};
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < chunks; i++) {
+      const int64_t end = std::min(rows, (i + 1) * chunk);
+      RowOffsets at(dims, layout, i * chunk);
+      for (int64_t r = i * chunk; r < end; r++, at.next()) {
+        const double w = weight ? double(weight[r]) : 1.0;
+        void* const grad_s = grad_student ? offset(grad_student, student_dtype, at[2]) : nullptr;
+        void* const grad_t = grad_teacher ? offset(grad_teacher, teacher_dtype, at[3]) : nullptr;
+        if (w == 0) {
+          if (grad_s) fill_row(grad_s, student_dtype, C, Float(0));
+          if (grad_t) fill_row(grad_t, teacher_dtype, C, Float(0));
+          row_loss[r] = 0;
+          continue;
+        }
+        const Float* s =
+            load_row(offset(student, student_dtype, at[0]), student_dtype, C, scratch + 2 * C);
+        const Float* t =
+            load_row(offset(teacher, teacher_dtype, at[1]), teacher_dtype, C, scratch + 3 * C);
+        Float* const row_s = grad_s ? begin_row(grad_s, student_dtype, scratch + 4 * C) : nullptr;
+        Float* const row_t = grad_t ? begin_row(grad_t, teacher_dtype, scratch + 5 * C) : nullptr;
+        row_loss[r] = Float(scale * w * divergence_row(s, t, row_s, row_t, Float(scale * w)));
+        if (grad_s) finish_row(grad_s, student_dtype, C, row_s);
+        if (grad_t) finish_row(grad_t, teacher_dtype, C, row_t);
+      }
+    }
+  }
+  if (reduction != Reduction::none) {
+    double sum = 0;
+    for (int64_t r = 0; r < rows; r++) sum += double(row_loss[r]);
+    *loss = Float(sum);
+  }
+}
+
+}  // namespace
+
+int64_t kd_loss_workspace(int64_t C, int64_t threads) { return threads * 6 * C * 8; }
+
+void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,
+                     const void* student, int64_t student_dtype, const void* teacher,
+                     int64_t teacher_dtype, const void* weight, double temperature,
+                     double teacher_temperature, int64_t divergence, double beta, int64_t reduction,
+                     int64_t rescale, void* loss, void* grad_student, void* grad_teacher,
+                     void* row_loss, void* workspace, int64_t threads) {
+  const auto run = [&](auto zero) {
+    using Float = decltype(zero);
+    forward<Float>(rows, C, batch, dims, layout, student, DType(student_dtype), teacher,
+                   DType(teacher_dtype), static_cast<const Float*>(weight), temperature,
+                   teacher_temperature, Divergence(divergence), beta, Reduction(reduction),
+                   rescale != 0, static_cast<Float*>(loss), grad_student, grad_teacher,
+                   static_cast<Float*>(row_loss), static_cast<Float*>(workspace), int(threads));
+  };
+  if (DType(student_dtype) == DType::float64 || DType(teacher_dtype) == DType::float64) {
+    run(double());
+  } else {
+    run(float());
+  }
+}
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

@@ -1,0 +1,156 @@
+// Rows of logits and gradients in any of the four dtypes, as rows of the arithmetic's type.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+#include "kdkernels.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+inline const void* offset(const void* p, DType dtype, int64_t elements) {
+  return static_cast<const char*>(p) + elements * size_of(dtype);
+}
+inline void* offset(void* p, DType dtype, int64_t elements) {
+  return static_cast<char*>(p) + elements * size_of(dtype);
+}
+
+KDKERNELS_INLINE float from_bfloat16(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
+
+// Round to nearest, ties to even; a NaN stays one.
+KDKERNELS_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t(x == x ? rounded : 0x7fc0u);
+}
+
+// A half's exponent is moved to a float's place and its bias mended by a multiplication, which is
+// exact and makes the subnormals right as well.
+KDKERNELS_INLINE float from_float16(uint16_t x) {
+  const uint32_t magnitude = uint32_t(x & 0x7fffu) << 13, sign = uint32_t(x & 0x8000u) << 16;
+  const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(254 - 15) << 23);
+  const uint32_t infinite = magnitude >= (31u << 23) ? 0x7f800000u : 0u;  // inf or NaN
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | infinite | sign);
+}
+
+KDKERNELS_INLINE uint16_t to_float16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // A subnormal half counts multiples of 2^-24: adding 1/2 rounds to them in the sum's last bits.
+  const uint32_t subnormal =
+      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
+}
+
+// The row as Float: the logits themselves where they have that type, else a copy in `scratch`.
+template <class Float>
+const Float* load_row(const void* row, DType dtype, int64_t C, Float* scratch) {
+  constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
+  if (dtype == own) return static_cast<const Float*>(row);
+  switch (dtype) {
+    case DType::float32: {
+      const float* x = static_cast<const float*>(row);
+      for (int64_t c = 0; c < C; c++) scratch[c] = Float(x[c]);
+      break;
+    }
+    case DType::bfloat16: {
+      const uint16_t* x = static_cast<const uint16_t*>(row);
+      for (int64_t c = 0; c < C; c++) scratch[c] = Float(from_bfloat16(x[c]));
+      break;
+    }
+    case DType::float16: {
+      const uint16_t* x = static_cast<const uint16_t*>(row);
+      for (int64_t c = 0; c < C; c++) scratch[c] = Float(from_float16(x[c]));
+      break;
+    }
+    default:
+      break;
+  }
+  return scratch;
+}
+
+// Where to write a row of Float results: the output itself where it has that type, else `scratch`,
+// which finish_row then rounds to the output.
+template <class Float>
+Float* begin_row(void* row, DType dtype, Float* scratch) {
+  constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
+  return dtype == own ? static_cast<Float*>(row) : scratch;
+}
+
+template <class Float>
+void finish_row(void* row, DType dtype, int64_t C, const Float* values) {
+  if (values == row) return;
+  switch (dtype) {
+    case DType::float32: {
+      float* y = static_cast<float*>(row);
+      for (int64_t c = 0; c < C; c++) y[c] = float(values[c]);
+      break;
+    }
+    case DType::bfloat16: {
+      uint16_t* y = static_cast<uint16_t*>(row);
+      for (int64_t c = 0; c < C; c++) y[c] = to_bfloat16(float(values[c]));
+      break;
+    }
+    case DType::float16: {
+      uint16_t* y = static_cast<uint16_t*>(row);
+      for (int64_t c = 0; c < C; c++) y[c] = to_float16(float(values[c]));
+      break;
+    }
+    default:
+      break;
+  }
+}
+
+template <class Float>
+void store_one(void* row, DType dtype, int64_t c, Float value) {
+  switch (dtype) {
+    case DType::float32:
+      static_cast<float*>(row)[c] = float(value);
+      break;
+    case DType::float64:
+      static_cast<double*>(row)[c] = double(value);
+      break;
+    case DType::bfloat16:
+      static_cast<uint16_t*>(row)[c] = to_bfloat16(float(value));
+      break;
+    case DType::float16:
+      static_cast<uint16_t*>(row)[c] = to_float16(float(value));
+      break;
+  }
+}
+
+template <class Float>
+void fill_row(void* row, DType dtype, int64_t C, Float value) {
+  for (int64_t c = 0; c < C; c++) store_one(row, dtype, c, value);
+}
+
+// Ask for huge pages before an output is touched for the first time: the page faults of small ones
+// cost more than the arithmetic.
+inline void advise_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) & ~(kHuge - 1);
+  if (p != nullptr && end > begin) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

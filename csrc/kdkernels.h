@@ -1,0 +1,85 @@
+// The whole interface of the C++ core: plain pointers in, plain pointers out, no framework.
+//
+// Sizes: T frames, N utterances, C classes (with blank), S labels of an utterance's target.
+// Strides are in elements. A logits pointer is typed by a DType beside it; arithmetic is float32 for
+// float32, bfloat16 and float16 logits, float64 for float64 ones, and results other than gradients
+// have the type of the arithmetic. Nothing is allocated: scratch memory is a parameter, and the
+// `..._workspace` function says how many bytes it must have. The formulas stand in the docstrings
+// of the Python package (kdkernels/_kd_loss.py and its neighbours).
+
+#pragma once
+
+#include <cstdint>
+
+namespace kdkernels {
+
+enum class DType : int64_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class Divergence : int64_t { forward_kl = 0, reverse_kl = 1, jsd = 2 };
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
+
+// The kernels of one instruction set. Integers of Python arrive as int64_t, the three enumerations
+// above as their values.
+struct Kernels {
+  // ---- kd_loss -----------------------------------------------------------------------------------
+  int64_t (*kd_loss_workspace)(int64_t C, int64_t threads);
+
+  // Divergence of each row of logits and its gradients, in one visit of each row.
+  void (*kd_loss_forward)(
+      int64_t rows, int64_t C, int64_t batch,   // batch: the divisor of "batchmean"
+      int64_t dims, const int64_t* layout,      // sizes [dims], then the strides [dims] of student,
+                                                // teacher, grad_student, grad_teacher
+      const void* student, int64_t student_dtype,  //
+      const void* teacher, int64_t teacher_dtype,  //
+      const void* weight,                       // [rows] float32 / float64, or null: all ones
+      double temperature, double teacher_temperature,  //
+      int64_t divergence, double beta, int64_t reduction, int64_t rescale,
+      void* loss,          // [rows] for Reduction::none, else [1] (out)
+      void* grad_student,  // [rows][C], dtype of the student, or null (out)
+      void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
+      void* row_loss,      // [rows], workspace
+      void* workspace, int64_t threads);
+
+  // ---- ctc_loss, ctc_kd_loss, ctc_posteriors -----------------------------------------------------
+  // `plan`: T, N, C, S (labels of the longest target) and the longest of input_lengths.
+  int64_t (*ctc_loss_workspace)(int64_t N, int64_t C, int64_t longest_input, int64_t longest_target,
+                                int64_t is_double, int64_t threads);
+
+  // CTC loss per utterance, and its gradient; with a teacher the divergence of each frame as well,
+  // both gradients written as one.
+  void (*ctc_loss_forward)(
+      int64_t T, int64_t N, int64_t C,                                          //
+      const void* logits, int64_t dtype, int64_t stride_t, int64_t stride_n,    //
+      const int64_t* targets, const int64_t* target_offsets,  // labels of n: targets + offsets[n]
+      const int64_t* input_lengths, const int64_t* target_lengths,              // [N]
+      int64_t blank, int64_t zero_infinity,
+      const void* ctc_scale,  // [N], d(returned loss) / d(ctc loss of n); null: no gradient
+      int64_t posteriors,     // 1: write occupancies in place of the gradient
+      // the teacher, or null
+      const void* teacher, int64_t teacher_dtype, int64_t teacher_stride_t, int64_t teacher_stride_n,
+      const uint8_t* labelled,   // [N] or null: all
+      const void* frame_weight,  // [T][N], or null: all ones
+      const void* kd_scale,      // [N], d(returned loss) / d(kd loss of n)
+      double temperature, double teacher_temperature, int64_t divergence, double beta,
+      void* ctc_loss,  // [N] (out)
+      void* kd_loss,   // [N] (out), sum over the utterance's frames; null without teacher
+      void* grad, int64_t grad_stride_t, int64_t grad_stride_n,  // (out) or null
+      void* grad_teacher, int64_t grad_teacher_stride_t, int64_t grad_teacher_stride_n,  // or null
+      void* workspace, int64_t threads);
+
+  // ---- ctc_align ---------------------------------------------------------------------------------
+  int64_t (*ctc_align_workspace)(int64_t N, int64_t C, int64_t longest_input,
+                                 int64_t longest_target, int64_t threads);
+
+  // Viterbi path of each utterance and its log-probability.
+  void (*ctc_align)(int64_t T, int64_t N, int64_t C,                                        //
+                    const void* logits, int64_t dtype, int64_t stride_t, int64_t stride_n,  //
+                    const int64_t* targets, const int64_t* target_offsets,                  //
+                    const int64_t* input_lengths, const int64_t* target_lengths, int64_t blank,
+                    int64_t* paths,  // [N][T], -1 on padded frames (out)
+                    void* scores,    // [N] (out)
+                    void* workspace, int64_t threads);
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+}  // namespace kdkernels

@@ -1,0 +1,213 @@
+"""Checks at the door: every error of the package has one form.
+
+``ctc_loss: expected `blank` in [0, 29), got 30``. Values of tensors are looked at only where they
+lie on the CPU: reading them from another device would wait for it.
+"""
+
+import math
+import operator
+
+import torch
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def bad_value(op, name, expected, got):
+    return ValueError(f"{op}: expected `{name}` {expected}, got {got}")
+
+
+def bad_type(op, name, expected, got):
+    return TypeError(f"{op}: expected `{name}` {expected}, got {got}")
+
+
+def logits(op, name, x):
+    """`x` as the backends take it: its last stride 1."""
+    if not isinstance(x, torch.Tensor):
+        raise bad_type(op, name, "to be a tensor", type(x).__name__)
+    if x.dtype not in LOGITS:
+        raise bad_type(op, name, "of dtype float32, float64, bfloat16 or float16", x.dtype)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise bad_value(
+            op, name, "with at least one class in the last dim", f"shape {tuple(x.shape)}"
+        )
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def teacher(op, student, x):
+    x = logits(op, "teacher_logits", x)
+    if x.shape != student.shape:
+        raise bad_value(op, "teacher_logits", f"of shape {tuple(student.shape)}", tuple(x.shape))
+    if x.device != student.device:
+        raise bad_value(op, "teacher_logits", f"on {student.device}", x.device)
+    return x
+
+
+def weight(op, name, x, shape, device):
+    if not isinstance(x, torch.Tensor):
+        raise bad_type(op, name, "to be a tensor", type(x).__name__)
+    if x.dtype != torch.bool and not x.is_floating_point():
+        raise bad_type(op, name, "of a bool or floating dtype", x.dtype)
+    if x.shape != shape:
+        raise bad_value(op, name, f"of shape {tuple(shape)}", tuple(x.shape))
+    if x.device != device:
+        raise bad_value(op, name, f"on {device}", x.device)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise bad_value(
+            op, name, "without requires_grad (it has no gradient)", "requires_grad=True"
+        )
+    return x
+
+
+def choice(op, name, value, allowed):
+    if value not in allowed:
+        raise bad_value(op, name, f"in {list(allowed)}", repr(value))
+
+
+def number(op, name, value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise bad_type(op, name, "to be a number", type(value).__name__)
+    if not math.isfinite(value):
+        raise bad_value(op, name, "to be finite", value)
+    return float(value)
+
+
+def distillation(op, temperature, teacher_temperature, divergence, beta):
+    """The two temperatures and beta, as floats."""
+    temperature = number(op, "temperature", temperature)
+    if temperature <= 0:
+        raise bad_value(op, "temperature", "> 0", temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        teacher_temperature = number(op, "teacher_temperature", teacher_temperature)
+        if teacher_temperature <= 0:
+            raise bad_value(op, "teacher_temperature", "> 0", teacher_temperature)
+    choice(op, "divergence", divergence, DIVERGENCES)
+    beta = number(op, "beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise bad_value(op, "beta", "in (0, 1)", beta)
+    return temperature, teacher_temperature, beta
+
+
+def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name="logits"):
+    """Shapes, dtypes and devices of a CTC problem; its values too, where they are at hand.
+
+    Returns (logits [T, N, C], targets, input_lengths, target_lengths, blank), all on the device of
+    the logits.
+    """
+    x = logits(op, name, x)
+    if x.dim() == 3:
+        if batch_first:
+            x = x.transpose(0, 1)
+        batched = True
+    elif x.dim() == 2:
+        x = x.unsqueeze(1)
+        batched = False
+    else:
+        raise bad_value(op, name, "of 2 or 3 dims", f"shape {tuple(x.shape)}")
+    _, N, C = x.shape
+
+    if not isinstance(targets, torch.Tensor):
+        raise bad_type(op, "targets", "to be a tensor", type(targets).__name__)
+    targets = _integers(op, "targets", targets)
+    if targets.dim() not in (1, 2):
+        raise bad_value(op, "targets", "of 1 or 2 dims", f"shape {tuple(targets.shape)}")
+    if not batched and targets.dim() == 1:
+        targets = targets.unsqueeze(0)
+    if targets.dim() == 2 and targets.shape[0] != N:
+        raise bad_value(op, "targets", f"of {N} rows", f"shape {tuple(targets.shape)}")
+    input_lengths = _lengths(op, "input_lengths", input_lengths, N, batched)
+    target_lengths = _lengths(op, "target_lengths", target_lengths, N, batched)
+    try:
+        blank = operator.index(blank)
+    except TypeError:
+        raise bad_type(op, "blank", "to be an integer", type(blank).__name__) from None
+    if not 0 <= blank < C:
+        raise bad_value(op, "blank", f"in [0, {C})", blank)
+    return x, targets, input_lengths, target_lengths, blank
+
+
+def _integers(op, name, x):
+    if x.dtype in INTEGERS:
+        return x
+    if x.dtype in UNSIGNED:
+        return x.to(torch.int64)
+    raise bad_type(op, name, "of an integer dtype", x.dtype)
+
+
+def _lengths(op, name, x, N, batched):
+    if isinstance(x, torch.Tensor):
+        x = _integers(op, name, x)
+    else:
+        values = list(x) if isinstance(x, (list, tuple, torch.Size)) else [x]
+        try:
+            values = [operator.index(value) for value in values]
+        except TypeError:
+            raise bad_type(op, name, "to hold integers", repr(x)) from None
+        x = torch.tensor(values, dtype=torch.int64, device="cpu")
+    if x.dim() == 0 and not batched:
+        x = x.unsqueeze(0)
+    if x.dim() != 1 or x.shape[0] != N:
+        raise bad_value(op, name, f"of shape ({N},)", tuple(x.shape))
+    return x
+
+
+def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled=None):
+    """The values of lengths and labels; those that are not on the CPU are left to the backend."""
+    if input_lengths.is_cpu:
+        _in_range(op, "input_lengths", input_lengths, T)
+    if not target_lengths.is_cpu:
+        return
+    padded = targets.dim() == 2
+    size = targets.shape[1] if padded else targets.shape[0]
+    total, longest = _in_range(op, "target_lengths", target_lengths, size)
+    if not padded and total != size:
+        raise bad_value(op, "targets", f"to hold sum(target_lengths) = {total} labels", size)
+    if not targets.is_cpu or longest == 0 or (labelled is not None and not labelled.is_cpu):
+        return
+
+    if padded and longest < size:
+        targets = targets[:, :longest]
+    low, high = _label_range(blank, C)
+    if labelled is None and _labels_fit(targets, low, high, blank):
+        return
+    # Something lies outside of the labels' range: padding, unless it is within its target's length.
+    if padded:
+        inside = torch.arange(longest) < target_lengths.unsqueeze(1)
+        if labelled is not None:
+            inside &= labelled.unsqueeze(1)
+    elif labelled is not None:
+        inside = labelled.repeat_interleave(target_lengths)
+    else:
+        inside = torch.ones_like(targets, dtype=torch.bool)
+    if not _labels_fit(torch.where(inside, targets, low), low, high, blank):
+        labels = targets[inside]
+        wrong = labels[(labels < 0) | (labels >= C) | (labels == blank)]
+        if len(wrong):  # a single class leaves no label at all
+            expected = f"in [0, {C}) and other than blank ({blank})"
+            raise bad_value(op, "targets", expected, wrong[0].item())
+
+
+def _label_range(blank, C):
+    return (1 if blank == 0 else 0), (C - 2 if blank == C - 1 else C - 1)
+
+
+def _labels_fit(targets, low, high, blank):
+    least, most = torch.aminmax(targets)
+    if least.item() < low or most.item() > high:
+        return False
+    return blank < low or blank > high or not (targets == blank).any()
+
+
+def _in_range(op, name, lengths, limit):
+    values = lengths.tolist()
+    if not values:
+        return 0, 0
+    longest = max(values)
+    if min(values) < 0 or longest > limit:
+        n, value = next((n, v) for n, v in enumerate(values) if not 0 <= v <= limit)
+        raise bad_value(op, name, f"in [0, {limit}]", f"{value} (utterance {n})")
+    return sum(values), longest

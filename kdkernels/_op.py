@@ -1,0 +1,166 @@
+"""What makes a fused loss an operator: one autograd node in eager mode, torch.library under
+torch.compile.
+
+The gradient is made in the forward call, and backward hands it over: nothing of the size of the
+logits is stored but that gradient. In eager mode a registered operator would cost three times the
+call, so one is used only where torch.compile needs it to be opaque.
+"""
+
+import torch
+
+from . import backends
+
+
+def call(op, tensors, options, wanted, backend):
+    """Run a loss operator: a tuple of losses, the first of which can be differentiated.
+
+    `tensors` begins with the logits, one for each flag of `wanted`, which says what gradients to
+    make.
+    """
+    if torch.compiler.is_compiling():
+        outputs = getattr(torch.ops.kdkernels, op)(*tensors, *options, *wanted, backend)
+        return outputs[: -len(wanted)]
+    function = backends.select(op, tensors[0].device.type, backend)
+    if any(wanted):
+        return _Fused.apply(op, function, options, wanted, *tensors)
+    return function(*tensors, *options, *wanted)[: -len(wanted)]
+
+
+def wants_grad(x):
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, function, options, wanted, *tensors):
+        outputs = function(*tensors, *options, *wanted)
+        losses, ctx.grads = outputs[: -len(wanted)], list(outputs[-len(wanted) :])
+        ctx.op, ctx.function, ctx.options, ctx.wanted = op, function, options, wanted
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*losses[1:])
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        results = [None] * len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return tuple(results)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # a graph that was kept: what was handed out is never touched again
+            with torch.no_grad():
+                tensors = ctx.saved_tensors
+                grads = ctx.function(*tensors, *ctx.options, *ctx.wanted)[-len(ctx.wanted) :]
+        for i, grad in enumerate(grads):
+            if grad is not None and ctx.needs_input_grad[4 + i]:
+                results[4 + i] = _scale_(grad, grad_loss.detach())
+        if torch.is_grad_enabled():
+            results = [
+                g if g is None else _Once.apply(ctx.op, g, grad_loss, *ctx.saved_tensors)
+                for g in results
+            ]
+        return tuple(results)
+
+
+def _scale_(grad, grad_loss):
+    if grad_loss.is_cpu:
+        if grad_loss.dim() == 0:
+            return grad if grad_loss.item() == 1 else grad.mul_(grad_loss)
+        if (grad_loss == 1).all():
+            return grad
+    # With a dim of its own the factor keeps its float32: a scale of 65536 is infinite in float16.
+    return grad.mul_(grad_loss.unsqueeze(-1))
+
+
+class _Once(torch.autograd.Function):
+    """The gradient, tied to all it depends on, so that differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx, op, grad, *inputs):
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise _second_derivative(ctx.op)
+
+
+def _second_derivative(op):
+    return RuntimeError(f"{op}: expected to be differentiated once, got a second derivative")
+
+
+# ------------------------------------------------------------------------------------ torch.compile
+
+
+def define_plain(op, schema, fake, check):
+    """Register `kdkernels::op`, an operator without a derivative."""
+
+    def body(*args):
+        *args, backend = args
+        check(*args)
+        return backends.select(op, args[0].device.type, backend)(*args)
+
+    torch.library.custom_op(f"kdkernels::{op}", body, mutates_args=(), schema=schema).register_fake(
+        fake
+    )
+
+
+def define(op, schema, fake_losses, *, check=None, n_logits=1):
+    """Register `kdkernels::op`, the same body as in eager mode, with its fake kernel and its
+    derivative.
+
+    The schema is that of the backend's function with `backend` after it. `fake_losses(*args)`
+    gives empty losses; gradients, one for each of the first `n_logits` arguments, have the layout
+    of their logits, and no element where they are not asked for.
+    """
+    n_losses = schema.split("->")[1].count("Tensor") - n_logits
+
+    def body(*args):
+        *args, backend = args
+        if check is not None:
+            check(*args)
+        outputs = backends.select(op, args[0].device.type, backend)(*args)
+        grads = outputs[n_losses:]
+        return (*outputs[:n_losses], *(_laid_out(g, x) for g, x in zip(grads, args, strict=False)))
+
+    def fake(*args):
+        losses = fake_losses(*args[:-1])
+        wanted = args[-1 - n_logits : -1]
+        grads = (
+            torch.empty_like(x) if w else x.new_empty(0)
+            for x, w in zip(args[:n_logits], wanted, strict=True)
+        )
+        return (*losses, *grads)
+
+    def setup_context(ctx, inputs, output):
+        ctx.n_inputs = len(inputs)
+        ctx.wanted = inputs[-1 - n_logits : -1]
+        ctx.save_for_backward(*output[n_losses:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_loss, *_):
+        results = [None] * ctx.n_inputs
+        if grad_loss is None:
+            return tuple(results)
+        if torch.is_grad_enabled():
+            raise _second_derivative(op)
+        for i, (grad, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
+            if wanted:
+                results[i] = (grad * grad_loss.unsqueeze(-1)).to(grad.dtype)
+        return tuple(results)
+
+    operator = torch.library.custom_op(f"kdkernels::{op}", body, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    operator.register_autograd(backward, setup_context=setup_context)
+
+
+def _laid_out(grad, logits):
+    if grad is None:
+        return logits.new_empty(0)
+    strides = torch.empty_like(logits, device="meta").stride()
+    if grad.stride() == strides:
+        return grad
+    return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(
+        grad
+    )

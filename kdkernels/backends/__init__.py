@@ -1,0 +1,79 @@
+"""The list of backends, best first, and the choice among them.
+
+A backend is a module of this package with functions of fixed names (``kd_loss_forward``,
+``ctc_loss_forward``, ``ctc_kd_loss_forward``, ``ctc_posteriors``, ``ctc_align``) and
+``supports(op, device_type)``. A new backend is one module, one word in NAMES and, where it needs a
+module that may be missing, one line in REQUIRES.
+"""
+
+import functools
+import importlib
+import os
+
+NAMES = ("cpp", "reference")
+
+# What must be importable for a backend to exist here. The absence of this very module makes the
+# backend absent; anything else that goes wrong while it loads (a missing symbol, another missing
+# module) is an error, because a broken build must never turn into a silent slow path.
+REQUIRES = {"cpp": "kdkernels._C"}
+
+FUNCTIONS = {
+    "kd_loss": "kd_loss_forward",
+    "ctc_loss": "ctc_loss_forward",
+    "ctc_kd_loss": "ctc_kd_loss_forward",
+    "ctc_posteriors": "ctc_posteriors",
+    "ctc_align": "ctc_align",
+}
+
+_environ = os.environ
+
+
+@functools.cache
+def load(name):
+    """The backend's module, or None where what it requires is not installed."""
+    required = REQUIRES.get(name)
+    if required is not None:
+        try:
+            importlib.import_module(required)
+        except ModuleNotFoundError as error:
+            if error.name != required:
+                raise
+            return None
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def available(op, device_type="cpu"):
+    """Names of the backends that run `op` on `device_type` on this machine, best first."""
+    if op not in FUNCTIONS:
+        raise ValueError(f"available: expected `op` in {sorted(FUNCTIONS)}, got {op!r}")
+    modules = ((name, load(name)) for name in NAMES)
+    return [name for name, module in modules if module and module.supports(op, device_type)]
+
+
+def select(op, device_type, backend=None):
+    """The function that runs `op`: of `backend`, else of KDKERNELS_BACKEND, else of the best one
+    there is."""
+    return _resolve(op, device_type, backend or _environ.get("KDKERNELS_BACKEND") or None)
+
+
+@functools.cache
+def _resolve(op, device_type, backend):
+    if backend is None:
+        names = available(op, device_type)
+        if not names:
+            raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
+        return getattr(load(names[0]), FUNCTIONS[op])
+    if backend not in NAMES:
+        raise ValueError(f"{op}: expected `backend` in {list(NAMES)}, got {backend!r}")
+    module = load(backend)
+    if module is None:
+        raise ValueError(
+            f"{op}: expected `backend` to be one of {available(op, device_type)}, got {backend!r}: "
+            f"module {REQUIRES[backend]} is not installed"
+        )
+    if not module.supports(op, device_type):
+        raise ValueError(
+            f"{op}: expected `backend` to be one of {available(op, device_type)} on device type "
+            f"{device_type!r}, got {backend!r}"
+        )
+    return getattr(module, FUNCTIONS[op])

@@ -1,0 +1,126 @@
+"""The losses as torch.nn.Module: options at construction, tensors at the call."""
+
+import torch
+
+from ._ctc_kd_loss import ctc_kd_loss
+from ._ctc_loss import ctc_loss
+from ._kd_loss import kd_loss
+
+
+class _Loss(torch.nn.Module):
+    _options = ()
+
+    def _keep(self, **options):
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _kept(self):
+        return {name: getattr(self, name) for name in self._options}
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self._kept().items())
+
+
+class KDLoss(_Loss):
+    """:func:`kdkernels.kd_loss` as a module: ``KDLoss(temperature=2.0)(student_logits,
+    teacher_logits)``."""
+
+    def __init__(
+        self,
+        temperature=1.0,
+        teacher_temperature=None,
+        divergence="forward_kl",
+        beta=0.5,
+        reduction="mean",
+        rescale=True,
+        backend=None,
+    ):
+        super().__init__()
+        self._keep(
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            divergence=divergence,
+            beta=beta,
+            reduction=reduction,
+            rescale=rescale,
+            backend=backend,
+        )
+
+    def forward(self, student_logits, teacher_logits, weight=None):
+        return kd_loss(student_logits, teacher_logits, weight=weight, **self._kept())
+
+
+class CTCLoss(_Loss):
+    """:func:`kdkernels.ctc_loss` as a module, with the signature of ``torch.nn.CTCLoss``."""
+
+    def __init__(
+        self, blank=0, reduction="mean", zero_infinity=False, batch_first=False, backend=None
+    ):
+        super().__init__()
+        self._keep(
+            blank=blank,
+            reduction=reduction,
+            zero_infinity=zero_infinity,
+            batch_first=batch_first,
+            backend=backend,
+        )
+
+    def forward(self, logits, targets, input_lengths, target_lengths):
+        return ctc_loss(logits, targets, input_lengths, target_lengths, **self._kept())
+
+
+class CTCKDLoss(_Loss):
+    """:func:`kdkernels.ctc_kd_loss` as a module; it returns the named tuple ``(loss, ctc, kd)``."""
+
+    def __init__(
+        self,
+        blank=0,
+        reduction="mean",
+        zero_infinity=False,
+        kd_weight=0.5,
+        ctc_weight=None,
+        temperature=1.0,
+        teacher_temperature=None,
+        divergence="forward_kl",
+        beta=0.5,
+        rescale=True,
+        batch_first=False,
+        backend=None,
+    ):
+        super().__init__()
+        self._keep(
+            blank=blank,
+            reduction=reduction,
+            zero_infinity=zero_infinity,
+            kd_weight=kd_weight,
+            ctc_weight=ctc_weight,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            divergence=divergence,
+            beta=beta,
+            rescale=rescale,
+            batch_first=batch_first,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        student_logits,
+        teacher_logits,
+        targets,
+        input_lengths,
+        target_lengths,
+        labelled=None,
+        frame_weight=None,
+    ):
+        return ctc_kd_loss(
+            student_logits,
+            teacher_logits,
+            targets,
+            input_lengths,
+            target_lengths,
+            labelled=labelled,
+            frame_weight=frame_weight,
+            **self._kept(),
+        )

@@ -1,0 +1,81 @@
+"""patch: put kdkernels.ctc_loss in the place of torch.nn.functional.ctc_loss, and take it out
+again."""
+
+import torch.nn.functional as F
+
+from . import _checks
+from ._ctc_loss import ctc_loss
+
+_original = None  # torch's own function, while a patch is in force
+_active = []  # patches in force, the latest last
+
+
+class Patch:
+    """What :func:`patch` returns: a context manager; ``restore()`` does what leaving it does."""
+
+    def __init__(self, backend):
+        def fused_ctc_loss(
+            log_probs,
+            targets,
+            input_lengths,
+            target_lengths,
+            blank=0,
+            reduction="mean",
+            zero_infinity=False,
+        ):
+            return ctc_loss(
+                log_probs,
+                targets,
+                input_lengths,
+                target_lengths,
+                blank,
+                reduction,
+                zero_infinity,
+                backend=backend,
+            )
+
+        self.function = fused_ctc_loss
+
+    def restore(self):
+        """Give the place back: to the patch before this one, or to torch's function. Twice is
+        once."""
+        global _original
+        if self in _active:
+            _active.remove(self)
+            F.ctc_loss = _active[-1].function if _active else _original
+            if not _active:
+                _original = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.restore()
+
+
+def patch(*, backend=None):
+    """Replace ``torch.nn.functional.ctc_loss`` by :func:`kdkernels.ctc_loss`, with torch's
+    signature.
+
+    ``torch.nn.CTCLoss`` and model libraries that call ``torch.nn.functional.ctc_loss`` follow at
+    once; a name bound before (``from torch.nn.functional import ctc_loss``) does not. Losses and
+    gradients are those of torch for log-probabilities, except that an impossible target has a
+    gradient of 0 and not NaN, and that labels and lengths out of range are errors.
+
+    Use it as a context manager (``with kdkernels.patch(): ...``), or call it for good and undo it
+    with ``handle = kdkernels.patch(); ...; handle.restore()``. Patches nest, in any order.
+
+    Raises:
+        ValueError: for an unknown `backend`.
+    """
+    global _original
+    from . import backends
+
+    if backend is not None:
+        _checks.choice("patch", "backend", backend, backends.NAMES)
+    handle = Patch(backend)
+    if not _active:
+        _original = F.ctc_loss
+    _active.append(handle)
+    F.ctc_loss = handle.function
+    return handle

@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 class Trained(NamedTuple):
     encoder: model.Encoder
     curve: list[training.Point]
-    sha256: str  # of the file
+    sha256: str  # of the weights
 
 
 def progress(total: int, what: str, unit: str) -> tqdm:
@@ -109,16 +109,15 @@ def train(
         batch_at = data.batches(parts, settings.seed, settings.batch_seconds, steps)
         with progress(steps, name.replace("_", " "), "step") as bar:
             curve = training.fit(encoder, batch_at, loss_of, steps, corpora, settings, on, bar)
-        tensors = {n: t.cpu().contiguous() for n, t in encoder.state_dict().items()}
         facts = {"shape": encoder.shape, "frames_per_second": encoder.frames_per_second}
         alphabet = corpora.alphabet.characters
-        files.save_tensors(path, tensors, key, curve=curve, alphabet=alphabet, **facts)
+        files.save_tensors(path, encoder.state_dict(), key, curve=curve, alphabet=alphabet, **facts)
     print(
         f"{name}: {encoder.parameter_count():,} parameters, {steps} steps in "
         f"{curve[-1].seconds:.0f} s, dev WER {curve[-1].wer:.1f} %{' (on disk)' if found else ''}",
         flush=True,
     )
-    return Trained(encoder, curve, files.file_digest(path))
+    return Trained(encoder, curve, files.tensors_digest(encoder.state_dict()))
 
 
 def ctc(logits: Tensor, lengths: Tensor, batch: data.Batch) -> Tensor:

@@ -25,8 +25,12 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names and values."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(name.encode() + b"\0" + safetensors.torch.save({"": tensor.contiguous()}))
+    return sha256.hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -63,8 +67,8 @@ def check_writable(folder: Path) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, **facts) -> None:
     """safetensors, with `key` and `facts` (anything json can write) in its header."""
-    metadata = {"key": key, "facts": json.dumps(facts)}
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    header = json.dumps({"key": key, **facts})  # one entry: the order of several is not fixed
+    write_bytes(path, safetensors.torch.save(tensors, {"kdkernels": header}))
 
 
 def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict] | None:
@@ -73,12 +77,11 @@ def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict] | None:
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") == key:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(metadata["facts"])
+            facts = json.loads((file.metadata() or {}).get("kdkernels", "{}"))
+            if facts.get("key") == key:
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
         reason = "was made from other data or settings"
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         reason = f"cannot be read ({error})"
     print(f"{path} {reason}: made again", file=sys.stderr)
     return None

@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
             **details,
         )
     given = vars(parser.parse_args(arguments))
-    settings = replace(Settings(), **PRESETS[given.pop("preset")], **given)
+    settings = replace(Settings(), **{**PRESETS[given.pop("preset")], **given})
     error = problem(settings)
     if error:
         parser.error(error)

@@ -1,0 +1,132 @@
+"""Audio, features, batches, decoding."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from kdkernels.asr import audio, data, decode, features, model, settings
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_resampling_keeps_a_tone(rate):
+    seconds = np.arange(rate // 2) / rate
+    tone = np.sin(2 * np.pi * 440 * seconds).astype(np.float32)
+    out = audio.resample(tone, rate)
+    expected = np.sin(2 * np.pi * 440 * np.arange(len(out)) / audio.SAMPLE_RATE)
+    assert len(out) == audio.SAMPLE_RATE // 2
+    np.testing.assert_allclose(out[200:-200], expected[200:-200], atol=2e-3)
+
+
+def test_resampling_removes_what_would_alias():
+    seconds = np.arange(22050) / 22050
+    tone = np.sin(2 * np.pi * 10500 * seconds).astype(np.float32)
+    assert np.abs(audio.resample(tone, 22050)[200:-200]).max() < 0.01
+
+
+def test_noise_has_the_ratio_asked_for():
+    rng = np.random.default_rng(0)
+    speech = rng.standard_normal(16000, np.float32)
+    noise = audio.add_noise(speech, 20.0, 1.0, rng) - speech
+    assert 10 * np.log10((speech**2).mean() / (noise**2).mean()) == pytest.approx(20, abs=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_stereo_of_any_rate_is_read_as_mono_at_16_khz(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.full((44100, 2), [0.5, 0.25]), 44100)
+    samples = audio.read(path)
+    assert samples.dtype == np.int16
+    assert samples.shape == (16000,)
+    assert samples[8000] == pytest.approx(0.375 * 32767, abs=40)
+
+
+def test_features_are_normalised_and_loudness_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(16000, generator=generator) * 4000
+    loud, soft = (features.log_mel((samples * g).short()).float() for g in (1.0, 0.25))
+    assert loud.shape == (101, features.MELS)
+    torch.testing.assert_close(loud.mean(0), torch.zeros(features.MELS), atol=1e-2, rtol=0)
+    torch.testing.assert_close(loud.std(0), torch.ones(features.MELS), atol=2e-2, rtol=0)
+    torch.testing.assert_close(loud, soft, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 200, 511])
+def test_features_of_a_blink_of_audio_are_finite(samples):
+    assert features.log_mel(torch.ones(samples, dtype=torch.int16)).isfinite().all()
+
+
+def test_spec_augment_hides_some_and_changes_nothing_else():
+    x = torch.rand(3, 100, features.MELS) + 1
+    y = features.spec_augment(x, torch.Generator().manual_seed(0))
+    hidden = y == 0
+    assert 0 < hidden.float().mean() < 0.6
+    assert torch.equal(y[~hidden], x[~hidden])
+    assert torch.equal(y, features.spec_augment(x, torch.Generator().manual_seed(0)))
+
+
+def test_a_schedule_keeps_its_budget_and_hears_everything():
+    lengths = [100 + 37 * i % 300 for i in range(300)]
+    plan = data.schedule(lengths, 0, 30.0, 60)
+    assert plan == data.schedule(lengths, 0, 30.0, 60)
+    assert plan[:20] == data.schedule(lengths, 0, 30.0, 20)
+    assert all(max(lengths[i] for i in b) * len(b) <= 3000 for b in plan)
+    assert {i for batch in plan for i in batch} == set(range(300))
+
+
+def test_logits_do_not_depend_on_the_padding():
+    torch.manual_seed(0)
+    encoder = model.Encoder(16, 3, 5).eval()
+    x = torch.randn(2, 90, features.MELS)
+    lengths = torch.tensor([90, 60])
+    together, T = encoder(x, lengths)
+    alone, _ = encoder(x[1:, :60], lengths[1:])
+    assert T.tolist() == [30, 20]
+    torch.testing.assert_close(together[1, :20], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_decoding_merges_repeats_and_drops_blanks():
+    alphabet = data.Alphabet.of(["ab", "b a"])
+    assert alphabet.characters == " ab"
+    path = torch.tensor([[0, 2, 2, 0, 2, 3, 0], [3, 3, 0, 0, 2, 2, 2]])
+    logits = torch.nn.functional.one_hot(path, len(alphabet)).float()
+    assert decode.greedy(logits, torch.tensor([7, 3]), alphabet) == ["aab", "b"]
+    assert alphabet.decode(alphabet.encode("b a?").tolist()) == "b a"
+
+
+def test_error_rates_and_their_intervals():
+    references, hypotheses = ["a b c d", "e f"], ["a x c", "e f"]
+    words = decode.word_errors(references, hypotheses)
+    assert words.percent() == pytest.approx(100 * 2 / 6)
+    assert decode.character_errors(["abcd"], ["abd"]).percent() == pytest.approx(25)
+    drawn = decode.resamples(2, 0)
+    low, high = decode.interval(words, drawn)
+    assert low == 0
+    assert high == pytest.approx(50)
+    assert decode.reduction_interval(words, words, drawn)[0] <= 0
+
+
+def test_text_is_normalised():
+    assert data.normalise("  Don't STOP_me, \u00c9lan  42! ") == "don't stop me \u00e9lan 42"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher-steps", "0"], "--teacher-steps must be greater than 0, got 0"),
+        (["--untranscribed-share", "1"], r"--untranscribed-share must be in \[0, 1\), got 1.0"),
+        (["--learning-rate", "nan"], "--learning-rate must be greater than 0, got nan"),
+        (["--test", "a.jsonl"], "own data needs --transcribed, --untranscribed and --test"),
+    ],
+)
+def test_settings_that_make_no_sense(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        settings.parse(arguments)
+    error = " ".join(capsys.readouterr().err.split())
+    assert message.replace("\\", "") in error
+
+
+def test_presets_are_overridden_by_options():
+    parsed = settings.parse(["--preset", "quick", "--teacher-steps", "7"])
+    assert parsed.teacher_steps == 7
+    assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]

@@ -1,0 +1,238 @@
+"""The whole program on seconds of audio; what it says when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.torch import load_file
+
+from kdkernels import train
+
+MODELS = (
+    "teacher",
+    "student_alone",
+    "student_distilled",
+    "student_distilled_without_transcripts",
+)
+TINY = [
+    *("--transcribed-utterances=6", "--untranscribed-utterances=6", "--dev-utterances=2"),
+    *("--test-utterances=4", "--student-transcripts=3", "--teacher-steps=4", "--student-steps=4"),
+    *("--eval-every=2", "--batch-seconds=12", "--teacher-width=16", "--teacher-layers=2"),
+    *("--student-width=8", "--student-layers=2", "--workers=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert train.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def times(folder):
+    return {p.name: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def again(out, capsys, *arguments):
+    """Run in the same folder; returns what was said on stderr."""
+    capsys.readouterr()
+    assert train.main([*TINY, "--out", str(out), *arguments]) == 0
+    return capsys.readouterr().err
+
+
+def test_a_run_writes_models_and_a_report(out):
+    names = {path.name for path in out.iterdir()}
+    models = {f"{name}.safetensors" for name in MODELS}
+    assert names == models | {"cache", "report.json", "report.md"}
+    report = json.loads((out / "report.json").read_text())
+    for table in ("wer", "cer", "wer_interval", "parameters", "curves", "step_ms"):
+        assert report[table].keys() == set(MODELS)
+    for name in MODELS:
+        low, high = report["wer_interval"][name]
+        assert low <= report["wer"][name] <= high
+        assert [point["step"] for point in report["curves"][name]] == [2, 4]
+    assert report["loss_ms"]["fused"] > 0
+    assert report["loss_ms"]["torch"] > 0
+    assert report["loss_ms"]["difference"] < 1e-5
+    assert len(report["corpus"]["sha256"]) == 64
+    page = (out / "report.md").read_text()
+    assert "student distilled" in page
+    assert "never with LibriSpeech" in page
+
+
+def test_the_same_command_again_does_no_stage_twice(out, capsys):
+    before, report = times(out), json.loads((out / "report.json").read_text())
+    assert again(out, capsys) == ""
+    assert times(out) == before
+    same = json.loads((out / "report.json").read_text())
+    for table in ("wer", "cer", "curves", "corpus"):
+        assert same[table] == report[table]
+
+
+def test_the_same_seed_gives_the_same_models(out, tmp_path):
+    assert train.main([*TINY, "--out", str(tmp_path)]) == 0
+    corpus = [json.loads((o / "report.json").read_text())["corpus"] for o in (out, tmp_path)]
+    assert corpus[0] == corpus[1]
+    for name in MODELS:
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (out, tmp_path))
+        assert all((a[key] == b[key]).all() for key in a)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "empty", "missing"])
+@pytest.mark.parametrize("pattern", ["logits-*", "features-*"])
+def test_a_cache_that_cannot_be_used_is_made_again(out, capsys, kind, pattern):
+    path, other = sorted((out / "cache").glob(pattern))[:2]
+    good = path.read_bytes()
+    content = {"truncated": good[: len(good) // 2], "foreign": other.read_bytes(), "empty": b""}
+    path.unlink()
+    if kind in content:
+        path.write_bytes(content[kind])
+    said = again(out, capsys)
+    assert path.read_bytes() == good
+    if kind in content:
+        assert f"{path} " in said
+        assert "made again" in said
+
+
+def test_a_student_of_another_size_leaves_the_teacher_alone(out, capsys):
+    before = times(out)
+    again(out, capsys, "--student-width", "12")
+    changed = {name for name, time in times(out).items() if before.get(name) != time}
+    assert changed == {f"{name}.safetensors" for name in MODELS[1:]}
+    again(out, capsys)
+
+
+def test_from_the_command_line_no_bar_where_there_is_no_terminal(out):
+    command = [sys.executable, "-W", "error", "-m", "kdkernels.train", *TINY, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "# Distillation report" in done.stdout
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("--preset", "--seed", "--out", "--transcribed", "audio_filepath"):
+        assert word in text
+
+
+def test_importing_kdkernels_needs_none_of_this():
+    code = "import sys, kdkernels; assert not {'kdkernels.asr', 'soundfile', 'jiwer'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# ---- own data ------------------------------------------------------------------------------------
+
+
+def write_manifest(folder, name, entries):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Manifests of six files of noise, wav and flac, 22,050 and 16,000 Hz."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in range(6):
+        rate = (16000, 22050)[i % 2]
+        name = f"a{i}." + ("wav", "flac")[i // 2 % 2]
+        soundfile.write(tmp_path / name, 0.1 * rng.standard_normal(2 * rate), rate)
+        entries.append({"audio_filepath": name, "duration": 2.0, "text": f"Hello, world {i}!"})
+    untranscribed = [{"audio_filepath": e["audio_filepath"]} for e in entries]
+    flags = []
+    for name in ("transcribed", "untranscribed", "test"):
+        path = write_manifest(tmp_path, name, untranscribed if name[0] == "u" else entries)
+        flags += [f"--{name}", str(path)]
+    return tmp_path, entries, [*TINY, "--out", str(tmp_path / "out"), *flags]
+
+
+def test_own_recordings(recordings):
+    folder, _, arguments = recordings
+    assert train.main(arguments) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["corpus"]["utterances"] == {
+        "transcribed": 5, "student": 3, "untranscribed": 6, "dev": 1, "test": 6
+    }  # fmt: skip
+    assert report["corpus"]["hours"]["test"] == pytest.approx(12 / 3600)
+    assert "LibriSpeech" not in (folder / "out" / "report.md").read_text()
+    assert train.main([*arguments, "--dev", str(folder / "test.jsonl")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "transcribed.jsonl, line 3: Expecting property name"),
+        ("[1, 2]", "transcribed.jsonl, line 3: "),
+        ('{"text": "a"}', "line 3: 'audio_filepath' is missing; expected e.g."),
+        ('{"audio_filepath": "a0.wav"}', "line 3: 'text' is missing; expected e.g."),
+        ('{"audio_filepath": 7, "text": "a"}', "line 3: `audio_filepath` is no text"),
+        ('{"audio_filepath": "a0.wav", "text": 7}', "line 3: "),
+        ('{"audio_filepath": "a0.wav", "text": "..."}', "line 3: `text` has no word"),
+        ('{"audio_filepath": "a0.wav", "text": "a", "duration": "x"}', "line 3: could not"),
+        ('{"audio_filepath": "no.wav", "text": "a"}', "no.wav; mend audio_filepath"),
+        ('{"audio_filepath": "a0.wav", "text": "a", "duration": 9}', "a0.wav is truncated"),
+        ('{"audio_filepath": "empty.wav", "text": "a"}', "empty.wav holds no audio"),
+        ('{"audio_filepath": "nothing.wav", "text": "a"}', "nothing.wav cannot be read as audio"),
+        ('{"audio_filepath": "text.wav", "text": "a"}', "text.wav cannot be read as audio"),
+        ('{"audio_filepath": "cut.wav", "text": "a"}', "cut.wav is truncated"),
+        ('{"audio_filepath": "cut.flac", "text": "a"}', "cut.flac"),
+        ('{"audio_filepath": ".", "text": "a"}', "cannot be read as audio"),
+    ],
+)
+def test_a_bad_line_is_named_before_the_work_begins(recordings, capsys, line, message):
+    folder, entries, arguments = recordings
+    soundfile.write(folder / "empty.wav", np.zeros(0), 16000)
+    (folder / "nothing.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("this is no audio" * 100)
+    (folder / "cut.wav").write_bytes((folder / "a0.wav").read_bytes()[:20000])
+    (folder / "cut.flac").write_bytes((folder / "a2.flac").read_bytes()[:20000])
+    path = folder / "transcribed.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:2]) + line + "\n")
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert "transcribed.jsonl, line 3" in said
+    assert not list((folder / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
+def test_a_manifest_that_cannot_be_used(recordings, capsys, content):
+    folder, _, arguments = recordings
+    (folder / "test.jsonl").unlink()
+    if content is not None:
+        (folder / "test.jsonl").write_bytes(content)
+    assert train.main(arguments) == 2
+    assert f"{folder / 'test.jsonl'}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*TINY, "--out", str(tmp_path / "file" / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot write into the folder {tmp_path / 'file' / 'out'}: ")
+    assert "--out" in said
+
+
+@pytest.mark.parametrize(
+    "missing", ["espeakng_loader", "jiwer", "safetensors", "soundfile", "tqdm"]
+)
+def test_a_missing_package_is_named(tmp_path, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from kdkernels import train\n"
+        f"sys.exit(train.main({[*TINY, '--out', str(tmp_path)]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert 'pip install "kdkernels[train]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert missing.replace("_", "-") in done.stderr.replace("_", "-")

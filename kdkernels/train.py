@@ -26,7 +26,7 @@ import kdkernels as kd
 try:
     from tqdm import tqdm
 
-    from kdkernels.asr import data, decode, files, measure, model, report, training
+    from kdkernels.asr import batches, data, decode, files, measure, model, report, training
     from kdkernels.asr.settings import Settings, parse
 except ModuleNotFoundError as error:
     if (error.name or "kdkernels").startswith("kdkernels"):
@@ -81,8 +81,8 @@ def prepare(settings: Settings, cache: Path) -> data.Corpora:
 
 def train(
     name: str,
-    parts: list[tuple[data.Pool, float]],
-    loss_of: Callable[[Tensor, Tensor, data.Batch], Tensor],
+    parts: list[tuple[batches.Pool, float]],
+    loss_of: Callable[[Tensor, Tensor, batches.Batch], Tensor],
     made_from: list,
     settings: Settings,
     corpora: data.Corpora,
@@ -106,7 +106,7 @@ def train(
         encoder.load_state_dict(found[0])
         curve = [training.Point(*point) for point in found[1]["curve"]]
     else:
-        batch_at = data.batches(parts, settings.seed, settings.batch_seconds, steps)
+        batch_at = batches.batches(parts, settings.seed, settings.batch_seconds, steps)
         with progress(steps, name.replace("_", " "), "step") as bar:
             curve = training.fit(encoder, batch_at, loss_of, steps, corpora, settings, on, bar)
         facts = {"shape": encoder.shape, "frames_per_second": encoder.frames_per_second}
@@ -120,7 +120,7 @@ def train(
     return Trained(encoder, curve, files.tensors_digest(encoder.state_dict()))
 
 
-def ctc(logits: Tensor, lengths: Tensor, batch: data.Batch) -> Tensor:
+def ctc(logits: Tensor, lengths: Tensor, batch: batches.Batch) -> Tensor:
     """CTC of a batch whose utterances all have transcripts."""
     return kd.ctc_loss(
         logits, batch.targets, lengths, batch.target_lengths, zero_infinity=True, batch_first=True
@@ -128,7 +128,7 @@ def ctc(logits: Tensor, lengths: Tensor, batch: data.Batch) -> Tensor:
 
 
 def train_teacher(settings: Settings, corpora: data.Corpora, on: training.Machine) -> Trained:
-    parts = [(data.Pool(corpora.transcribed, corpora.alphabet), 1.0)]
+    parts = [(batches.Pool(corpora.transcribed, corpora.alphabet), 1.0)]
     return train("teacher", parts, ctc, [], settings, corpora, on)
 
 
@@ -155,10 +155,10 @@ def cache_logits(
 
 def train_students(
     settings: Settings, corpora: data.Corpora, teacher: Trained, cache: Path, on: training.Machine
-) -> tuple[dict[str, Trained], list[tuple[data.Pool, float]]]:
+) -> tuple[dict[str, Trained], list[tuple[batches.Pool, float]]]:
     """Same seed, steps and audio in a step. Also returns what the distilled student heard."""
 
-    def distil(logits: Tensor, lengths: Tensor, batch: data.Batch) -> Tensor:
+    def distil(logits: Tensor, lengths: Tensor, batch: batches.Batch) -> Tensor:
         return measure.fused(logits, lengths, batch, settings)
 
     known, unknown = (
@@ -166,8 +166,8 @@ def train_students(
         for dataset in (corpora.student, corpora.untranscribed)
     )
     share = settings.untranscribed_share
-    alone = data.Pool(corpora.student, corpora.alphabet)
-    untranscribed = data.Pool(corpora.untranscribed, None, unknown)
+    alone = batches.Pool(corpora.student, corpora.alphabet)
+    untranscribed = batches.Pool(corpora.untranscribed, None, unknown)
     mixed = [(alone._replace(logits=known), 1 - share), (untranscribed, share)]
     silent = [(pool._replace(alphabet=None), share) for pool, share in mixed]
     weights = [settings.ctc_weight, settings.kd_weight, settings.temperature, teacher.sha256]
@@ -196,12 +196,12 @@ def evaluate(trained: Trained, corpora: data.Corpora, on: training.Machine) -> r
 
 def measure_loss(
     student: Trained,
-    parts: list[tuple[data.Pool, float]],
+    parts: list[tuple[batches.Pool, float]],
     settings: Settings,
     on: training.Machine,
 ) -> dict[str, float]:
     """The loss of one batch of the distilled student, and that of its first step as a check."""
-    batch = data.batches(parts, settings.seed, settings.batch_seconds, 1)(0).to(on.device)
+    batch = batches.batches(parts, settings.seed, settings.batch_seconds, 1)(0).to(on.device)
     with torch.no_grad(), on.autocast():
         logits, lengths = student.encoder(batch.features, batch.lengths)
     return measure.compare(logits, lengths, batch, settings)

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from kdkernels.asr import audio, data, decode, features, model, settings
+from kdkernels.asr import audio, batches, data, decode, features, model, settings
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
@@ -67,9 +67,9 @@ def test_spec_augment_hides_some_and_changes_nothing_else():
 
 def test_a_schedule_keeps_its_budget_and_hears_everything():
     lengths = [100 + 37 * i % 300 for i in range(300)]
-    plan = data.schedule(lengths, 0, 30.0, 60)
-    assert plan == data.schedule(lengths, 0, 30.0, 60)
-    assert plan[:20] == data.schedule(lengths, 0, 30.0, 20)
+    plan = batches.schedule(lengths, 0, 30.0, 60)
+    assert plan == batches.schedule(lengths, 0, 30.0, 60)
+    assert plan[:20] == batches.schedule(lengths, 0, 30.0, 20)
     assert all(max(lengths[i] for i in b) * len(b) <= 3000 for b in plan)
     assert {i for batch in plan for i in batch} == set(range(300))
 

@@ -6,9 +6,11 @@
     espeak.py     espeak-ng in process: text to samples
     audio.py      reading, resampling, noise and reverberation
     features.py   log-mel features; SpecAugment
-    data.py       manifests, feature shards, batches
+    data.py       manifests; feature shards on disk
+    batches.py    which utterances make a step
     model.py      the convolutional CTC encoder
     training.py   one loop for teacher and students
+    measure.py    the cost of the loss: these ops, torch's own
     decode.py     greedy decoding, WER, CER, bootstrap intervals
     report.py     report.json and report.md
 

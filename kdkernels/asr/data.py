@@ -1,4 +1,4 @@
-"""Manifests, feature shards on disk, batches.
+"""Manifests, and feature shards on disk.
 
 A shard holds the features of up to SHARD utterances and is made by a process of its own, so that
 what espeak-ng says is a function of the shard alone. An interrupted build goes on at the first
@@ -8,18 +8,18 @@ shard that is missing.
 import hashlib
 import json
 import multiprocessing
-import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from . import audio, corpus, features
 from .espeak import Espeak, paths
@@ -47,7 +47,7 @@ class Synthesised:
     stop: int
 
     def key(self) -> list:
-        return [self.seed, self.split, self.start, self.stop]
+        return [version("espeakng-loader"), self.seed, self.split, self.start, self.stop]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -121,10 +121,8 @@ def _line(manifest: Path, where: str, row: str, transcripts: bool) -> tuple[str,
     return str(file.resolve()), text
 
 
-# ---- shards ------------------------------------------------------------------------------------
-
-
-class Dataset(NamedTuple):
+@dataclass(frozen=True)
+class Dataset:
     """Utterances in memory."""
 
     features: list[Tensor]  # float16 [frames, MELS] each
@@ -141,6 +139,37 @@ class Dataset(NamedTuple):
         seconds = sum(len(f) for f in chosen) / features.FRAMES_PER_SECOND
         key = digest(self.key, start, stop)
         return Dataset(chosen, texts, seconds, key, digest(self.sha256, start, stop))
+
+
+class Alphabet:
+    """Characters <-> classes 1, 2, ...; class 0 is the CTC blank."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._index = {character: i for i, character in enumerate(characters, 1)}
+
+    @classmethod
+    def of(cls, texts: list[str]) -> "Alphabet":
+        return cls("".join(sorted(set("".join(texts)))))
+
+    def __len__(self) -> int:
+        return 1 + len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """[S] classes; characters outside the alphabet are left out."""
+        return torch.tensor([self._index[c] for c in text if c in self._index], dtype=torch.int64)
+
+    def decode(self, classes: list[int]) -> str:
+        return "".join(self.characters[c - 1] for c in classes)
+
+
+class Corpora(NamedTuple):
+    transcribed: Dataset  # teaches the teacher
+    student: Dataset  # its first utterances: all the transcripts that a student gets
+    untranscribed: Dataset
+    dev: Dataset
+    test: Dataset
+    alphabet: Alphabet
 
 
 Source = Synthesised | Recorded
@@ -199,6 +228,10 @@ def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> D
     return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]))
 
 
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _in_fresh_process(function: Callable, *arguments) -> None:
     """Run in a process that has never spoken; what it raises is raised here.
 
@@ -209,119 +242,10 @@ def _in_fresh_process(function: Callable, *arguments) -> None:
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
     try:
-        with ProcessPoolExecutor(1, context) as executor:
+        with ProcessPoolExecutor(1, context, _leave_interrupts_to_the_parent) as executor:
             executor.submit(function, *arguments).result()
     except BrokenProcessPool as error:
         raise TrainError(
             "a process that computes features was killed (out of memory?); finished parts are "
             "kept: run the same command again, perhaps with --workers 1"
         ) from error
-
-
-# ---- batches -----------------------------------------------------------------------------------
-
-
-class Alphabet:
-    """Characters <-> classes 1, 2, ...; class 0 is the CTC blank."""
-
-    def __init__(self, characters: str):
-        self.characters = characters
-        self._index = {character: i for i, character in enumerate(characters, 1)}
-
-    @classmethod
-    def of(cls, texts: list[str]) -> "Alphabet":
-        return cls("".join(sorted(set("".join(texts)))))
-
-    def __len__(self) -> int:
-        return 1 + len(self.characters)
-
-    def encode(self, text: str) -> Tensor:
-        """[S] classes; characters outside the alphabet are left out."""
-        return torch.tensor([self._index[c] for c in text if c in self._index], dtype=torch.int64)
-
-    def decode(self, classes: list[int]) -> str:
-        return "".join(self.characters[c - 1] for c in classes)
-
-
-class Corpora(NamedTuple):
-    transcribed: Dataset  # teaches the teacher
-    student: Dataset  # its first utterances: all the transcripts that a student gets
-    untranscribed: Dataset
-    dev: Dataset
-    test: Dataset
-    alphabet: Alphabet
-
-
-class Batch(NamedTuple):
-    features: Tensor  # float32 [N, frames, MELS], zero padded
-    lengths: Tensor  # int64 [N], in feature frames
-    targets: Tensor  # int64 [N, S]
-    target_lengths: Tensor  # int64 [N]; 0 without a transcript
-    labelled: Tensor  # bool [N]
-    teacher_logits: Tensor | None  # [N, T, C], zero padded
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device) for x in self))
-
-
-class Pool(NamedTuple):
-    """Utterances that batches are drawn from, with transcripts or without."""
-
-    data: Dataset
-    alphabet: Alphabet | None  # None: no transcripts
-    logits: list[Tensor] | None = None  # the teacher's, float16 [T, C] each
-
-    def target(self, index: int) -> Tensor:
-        """[S] classes; none without transcripts."""
-        text = self.data.texts[index] if self.alphabet else ""
-        return (self.alphabet or Alphabet("")).encode(text)
-
-
-def schedule(lengths: list[int], seed: int, seconds: float, steps: int) -> list[list[int]]:
-    """The utterances of each of `steps` batches, of at most `seconds` of audio with padding.
-
-    Every epoch is a permutation, cut into pieces whose utterances are sorted by length, so that
-    little is padding. A function of its arguments: a training that goes on draws the same.
-    """
-    frames, rng, batches = seconds * features.FRAMES_PER_SECOND, random.Random(seed), []
-    while len(batches) < steps:
-        order = list(range(len(lengths)))
-        rng.shuffle(order)
-        epoch: list[list[int]] = []
-        for start in range(0, len(order), 256):
-            epoch.append([])
-            for index in sorted(order[start : start + 256], key=lengths.__getitem__):
-                if epoch[-1] and (len(epoch[-1]) + 1) * lengths[index] > frames:
-                    epoch.append([])
-                epoch[-1].append(index)
-        rng.shuffle(epoch)
-        batches += epoch
-    return batches[:steps]
-
-
-def collate(chosen: list[tuple[Pool, int]]) -> Batch:
-    """Utterances of one or several pools, padded to the longest."""
-    rows = [pool.data.features[i].float() for pool, i in chosen]
-    targets = [pool.target(i) for pool, i in chosen]
-    logits = [pool.logits[i] for pool, i in chosen if pool.logits]
-    return Batch(
-        pad_sequence(rows, batch_first=True),
-        torch.tensor([len(row) for row in rows]),
-        pad_sequence(targets, batch_first=True),
-        torch.tensor([len(target) for target in targets]),
-        torch.tensor([pool.alphabet is not None for pool, _ in chosen]),
-        pad_sequence(logits, batch_first=True) if logits else None,
-    )
-
-
-def batches(
-    parts: list[tuple[Pool, float]], seed: int, seconds: float, steps: int
-) -> Callable[[int], Batch]:
-    """step -> Batch, each part (pool, share) bringing its share of the `seconds` of audio."""
-    schedules = [
-        schedule([len(f) for f in pool.data.features], seed, share * seconds, steps)
-        for pool, share in parts
-    ]
-    return lambda step: collate(
-        [(pool, i) for (pool, _), plan in zip(parts, schedules, strict=True) for i in plan[step]]
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kdkernels as kd
 
-from .data import Batch
+from .batches import Batch
 from .settings import Settings
 
 

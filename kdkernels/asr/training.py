@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import decode, features
-from .data import Alphabet, Batch, Corpora, Dataset
+from .batches import Batch
+from .data import Alphabet, Corpora, Dataset
 from .model import Encoder
 from .settings import Settings
 

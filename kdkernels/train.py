@@ -35,6 +35,16 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
+class Experiment(NamedTuple):
+    """What every stage reads."""
+
+    settings: Settings
+    out: Path
+    cache: Path
+    on: training.Machine
+    corpora: data.Corpora
+
+
 class Trained(NamedTuple):
     encoder: model.Encoder
     curve: list[training.Point]
@@ -67,40 +77,47 @@ def prepare(settings: Settings, cache: Path) -> data.Corpora:
             split: data.load(shards, cache, settings.workers, bar.update)
             for split, shards in sources.items()
         }
-    everything = sets["transcribed"]
     if "dev" not in sets:
-        start = len(everything) - min(150, (len(everything) + 19) // 20)
-        sets["dev"] = everything.part(start, len(everything))
-        sets["transcribed"] = everything.part(0, start)
-    return data.Corpora(
-        **sets,
-        student=everything.part(0, min(settings.student_transcripts, len(sets["transcribed"]))),
-        alphabet=data.Alphabet.of(sets["transcribed"].texts),
-    )
+        sets["transcribed"], sets["dev"] = data.split_off_dev(sets["transcribed"])
+    transcribed = sets["transcribed"]
+    unheard = sum(map(batches.unalignable, transcribed.texts, transcribed.features))
+    if unheard:
+        print(
+            f"warning: {unheard} of {len(transcribed)} transcripts are longer than their audio can "
+            "hold and teach nothing; do audio and text belong together?",
+            file=sys.stderr,
+        )
+    student = transcribed.part(0, settings.student_transcripts)
+    return data.Corpora(**sets, student=student, alphabet=data.Alphabet.of(transcribed.texts))
 
 
 def train(
+    experiment: Experiment,
     name: str,
     parts: list[tuple[batches.Pool, float]],
     loss_of: Callable[[Tensor, Tensor, batches.Batch], Tensor],
     made_from: list,
-    settings: Settings,
-    corpora: data.Corpora,
-    on: training.Machine,
 ) -> Trained:
-    """OUT/NAME.safetensors: trained on `parts`, unless it is there, made from the same things."""
+    """OUT/NAME.safetensors: trained on `parts`, unless it is there, made from the same things.
+
+    `made_from`: what the loss depends on besides the parts.
+    """
+    settings, out, _, on, corpora = experiment
     role = name.split("_")[0]
     width, layers, steps = (getattr(settings, f"{role}_{x}") for x in ("width", "layers", "steps"))
     torch.manual_seed(settings.seed)
     encoder = model.Encoder(width, layers, len(corpora.alphabet)).to(on.device)
-
+    facts = {
+        "shape": encoder.shape,
+        "frames_per_second": encoder.frames_per_second,
+        "alphabet": corpora.alphabet.characters,
+    }
     shared = ("seed", "batch_seconds", "learning_rate", "eval_every")
     heard = [(pool.data.key, pool.alphabet is not None, share) for pool, share in parts]
-    key = files.digest(
-        *(name, kd.__version__, width, layers, steps, on.dtype.__str__(), made_from, heard),
-        *(corpora.dev.key, corpora.alphabet.characters, [getattr(settings, s) for s in shared]),
-    )
-    path = Path(settings.out) / f"{name}.safetensors"
+    recipe = [name, steps, [getattr(settings, s) for s in shared], str(on.dtype), kd.__version__]
+    key = files.digest(facts, recipe, heard, made_from, corpora.dev.key)
+
+    path = out / f"{name}.safetensors"
     found = files.load_tensors(path, key)
     if found:
         encoder.load_state_dict(found[0])
@@ -109,9 +126,7 @@ def train(
         batch_at = batches.batches(parts, settings.seed, settings.batch_seconds, steps)
         with progress(steps, name.replace("_", " "), "step") as bar:
             curve = training.fit(encoder, batch_at, loss_of, steps, corpora, settings, on, bar)
-        facts = {"shape": encoder.shape, "frames_per_second": encoder.frames_per_second}
-        alphabet = corpora.alphabet.characters
-        files.save_tensors(path, encoder.state_dict(), key, curve=curve, alphabet=alphabet, **facts)
+        files.save_tensors(path, encoder.state_dict(), key, curve=curve, **facts)
     print(
         f"{name}: {encoder.parameter_count():,} parameters, {steps} steps in "
         f"{curve[-1].seconds:.0f} s, dev WER {curve[-1].wer:.1f} %{' (on disk)' if found else ''}",
@@ -127,23 +142,22 @@ def ctc(logits: Tensor, lengths: Tensor, batch: batches.Batch) -> Tensor:
     )
 
 
-def train_teacher(settings: Settings, corpora: data.Corpora, on: training.Machine) -> Trained:
+def train_teacher(experiment: Experiment) -> Trained:
+    corpora = experiment.corpora
     parts = [(batches.Pool(corpora.transcribed, corpora.alphabet), 1.0)]
-    return train("teacher", parts, ctc, [], settings, corpora, on)
+    return train(experiment, "teacher", parts, ctc, [])
 
 
-def cache_logits(
-    teacher: Trained, dataset: data.Dataset, cache: Path, on: training.Machine
-) -> list[Tensor]:
+def cache_logits(experiment: Experiment, teacher: Trained, dataset: data.Dataset) -> list[Tensor]:
     """The teacher's logits, float16 [T, C] for each utterance, from disk when they are there."""
     rate = teacher.encoder.frames_per_second
     key = files.digest("logits", teacher.sha256, dataset.key, rate)
-    path = cache / f"logits-{key[:16]}.safetensors"
+    path = experiment.cache / f"logits-{key[:16]}.safetensors"
     found = files.load_tensors(path, key)
     if not found:
         rows: list[Tensor] = [torch.empty(0)] * len(dataset)
         with progress(len(dataset), "teacher logits", "utt") as bar:
-            for chosen, logits, lengths in training.run(teacher.encoder, dataset, on):
+            for chosen, logits, lengths in training.run(teacher.encoder, dataset, experiment.on):
                 for i, row, length in zip(chosen, logits.cpu(), lengths.tolist(), strict=True):
                     rows[i] = row[:length].half()
                 bar.update(len(chosen))
@@ -154,38 +168,35 @@ def cache_logits(
 
 
 def train_students(
-    settings: Settings, corpora: data.Corpora, teacher: Trained, cache: Path, on: training.Machine
+    experiment: Experiment, teacher: Trained
 ) -> tuple[dict[str, Trained], list[tuple[batches.Pool, float]]]:
     """Same seed, steps and audio in a step. Also returns what the distilled student heard."""
+    settings, corpora = experiment.settings, experiment.corpora
 
     def distil(logits: Tensor, lengths: Tensor, batch: batches.Batch) -> Tensor:
         return measure.fused(logits, lengths, batch, settings)
 
-    known, unknown = (
-        cache_logits(teacher, dataset, cache, on)
-        for dataset in (corpora.student, corpora.untranscribed)
-    )
-    share = settings.untranscribed_share
     alone = batches.Pool(corpora.student, corpora.alphabet)
-    untranscribed = batches.Pool(corpora.untranscribed, None, unknown)
-    mixed = [(alone._replace(logits=known), 1 - share), (untranscribed, share)]
-    silent = [(pool._replace(alphabet=None), share) for pool, share in mixed]
-    weights = [settings.ctc_weight, settings.kd_weight, settings.temperature, teacher.sha256]
-    rest = settings, corpora, on
-    students = {
-        "student_alone": train("student_alone", [(alone, 1.0)], ctc, [], *rest),
-        "student_distilled": train("student_distilled", mixed, distil, weights, *rest),
-        "student_distilled_without_transcripts": train(
-            "student_distilled_without_transcripts", silent, distil, weights, *rest
-        ),
+    known = alone._replace(logits=cache_logits(experiment, teacher, corpora.student))
+    logits = cache_logits(experiment, teacher, corpora.untranscribed)
+    unknown = batches.Pool(corpora.untranscribed, None, logits)
+    share = settings.untranscribed_share
+    mixed = [(known, 1 - share), (unknown, share)]
+    silent = [(known._replace(alphabet=None), 1 - share), (unknown, share)]
+    recipe = [teacher.sha256, settings.ctc_weight, settings.kd_weight, settings.temperature]
+    arms = {
+        "student_alone": ([(alone, 1.0)], ctc, []),
+        "student_distilled": (mixed, distil, recipe),
+        "student_distilled_without_transcripts": (silent, distil, recipe),
     }
-    return students, mixed
+    return {name: train(experiment, name, *arm) for name, arm in arms.items()}, mixed
 
 
-def evaluate(trained: Trained, corpora: data.Corpora, on: training.Machine) -> report.Score:
+def evaluate(experiment: Experiment, trained: Trained) -> report.Score:
     """Greedy transcripts of the test set against the references."""
+    corpora = experiment.corpora
     start = time.perf_counter()
-    texts = training.transcribe(trained.encoder, corpora.test, corpora.alphabet, on)
+    texts = training.transcribe(trained.encoder, corpora.test, corpora.alphabet, experiment.on)
     seconds = time.perf_counter() - start
     return report.Score(
         decode.word_errors(corpora.test.texts, texts),
@@ -195,12 +206,10 @@ def evaluate(trained: Trained, corpora: data.Corpora, on: training.Machine) -> r
 
 
 def measure_loss(
-    student: Trained,
-    parts: list[tuple[batches.Pool, float]],
-    settings: Settings,
-    on: training.Machine,
+    experiment: Experiment, student: Trained, parts: list[tuple[batches.Pool, float]]
 ) -> dict[str, float]:
-    """The loss of one batch of the distilled student, and that of its first step as a check."""
+    """The loss of the distilled student's first batch, timed; see `measure.compare`."""
+    settings, on = experiment.settings, experiment.on
     batch = batches.batches(parts, settings.seed, settings.batch_seconds, 1)(0).to(on.device)
     with torch.no_grad(), on.autocast():
         logits, lengths = student.encoder(batch.features, batch.lengths)
@@ -217,15 +226,16 @@ def run(settings: Settings) -> dict:
     on = training.machine(settings)
     corpora = prepare(settings, cache)
     prepared = time.perf_counter() - start
-    teacher = train_teacher(settings, corpora, on)
-    students, heard = train_students(settings, corpora, teacher, cache, on)
+    experiment = Experiment(settings, out, cache, on, corpora)
+    teacher = train_teacher(experiment)
+    students, heard = train_students(experiment, teacher)
     models = {"teacher": teacher, **students}
     results = report.make(
         settings,
         corpora,
         {name: (trained.encoder, trained.curve) for name, trained in models.items()},
-        {name: evaluate(trained, corpora, on) for name, trained in models.items()},
-        measure_loss(students["student_distilled"], heard, settings, on),
+        {name: evaluate(experiment, trained) for name, trained in models.items()},
+        measure_loss(experiment, students["student_distilled"], heard),
         {"precision": str(on.dtype), "device": str(on.device), "threads": torch.get_num_threads()},
         {"speech and features": prepared, "total": time.perf_counter() - start},
     )

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .data import Alphabet, Dataset
 from .features import FRAMES_PER_SECOND
+from .model import STACK
+
+
+def unalignable(text: str, features: Tensor) -> bool:
+    """Whether `features` [frames, MELS] are too short for any CTC path that spells `text`."""
+    repeats = sum(a == b for a, b in pairwise(text))  # a blank must part them
+    return len(features) // STACK < len(text) + repeats
 
 
 class Batch(NamedTuple):

@@ -172,6 +172,15 @@ class Corpora(NamedTuple):
     alphabet: Alphabet
 
 
+def split_off_dev(transcribed: Dataset) -> tuple[Dataset, Dataset]:
+    """The last twentieth, at most 150 utterances, for the dev curves."""
+    count = len(transcribed)
+    start = count - min(150, (count + 19) // 20)
+    if start == 0:
+        raise TrainError("one transcribed utterance is too few; give more, or a --dev manifest")
+    return transcribed.part(0, start), transcribed.part(start, count)
+
+
 Source = Synthesised | Recorded
 
 

@@ -1,6 +1,7 @@
 """Every setting of the training program: its default, its help, its presets, its command line."""
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 
 EPILOG = """
@@ -42,8 +43,8 @@ class Settings:
     student_width: int = option(96, "channels of the student")
     student_layers: int = option(6, "layers of the student")
 
-    teacher_steps: int = option(1500, "training steps of the teacher")
-    student_steps: int = option(1200, "training steps of each student")
+    teacher_steps: int = option(2500, "training steps of the teacher")
+    student_steps: int = option(2000, "training steps of each student")
     batch_seconds: float = option(48.0, "audio in a step, with padding: the same for everyone")
     learning_rate: float = option(3e-3, "its peak: linear warm-up, then a cosine to zero")
     eval_every: int = option(100, "steps between two points of the dev curve")
@@ -59,17 +60,12 @@ class Settings:
 PRESETS = {
     "default": {},
     "quick": {
-        "transcribed_utterances": 2000,
-        "untranscribed_utterances": 2000,
-        "test_utterances": 200,
+        "transcribed_utterances": 2500,
+        "untranscribed_utterances": 2500,
         "dev_utterances": 60,
-        "teacher_steps": 500,
-        "student_steps": 350,
-        "student_transcripts": 200,
-        "teacher_width": 128,
-        "teacher_layers": 6,
-        "student_width": 80,
-        "student_layers": 5,
+        "test_utterances": 200,
+        "teacher_steps": 900,
+        "student_steps": 600,
         "eval_every": 50,
     },
 }
@@ -94,6 +90,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
         details = dict(setting.metadata)
         if setting.default != "":
             details["help"] += f" [{setting.default}]"
+        if setting.type is not str:
+            details["metavar"] = "N"
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),
             type=setting.type,
@@ -110,13 +108,16 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
 def problem(settings: Settings) -> str | None:
     """What is wrong with the settings, if anything."""
-    for name in fields(Settings):
-        value = getattr(settings, name.name)
-        lowest = 0 if name.name in {"seed", "ctc_weight", "untranscribed_share"} else 1e-9
-        if isinstance(value, int | float) and not lowest <= value < float("inf"):
-            return f"--{name.name.replace('_', '-')} must be greater than 0, got {value}"
+    for setting in fields(Settings):
+        value = getattr(settings, setting.name)
+        if not isinstance(value, int | float):
+            continue
+        zero = setting.name in ("seed", "ctc_weight")
+        if not (0 < value < math.inf or (zero and value == 0)):
+            least = "at least 0" if zero else "greater than 0"
+            return f"--{setting.name.replace('_', '-')} must be {least}, got {value}"
     if settings.untranscribed_share >= 1:
-        return f"--untranscribed-share must be in [0, 1), got {settings.untranscribed_share}"
+        return f"--untranscribed-share must be in (0, 1), got {settings.untranscribed_share}"
     manifests = (settings.transcribed, settings.untranscribed, settings.test)
     if any((*manifests, settings.dev)) and not all(manifests):
         return "own data needs --transcribed, --untranscribed and --test together"

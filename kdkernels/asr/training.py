@@ -11,6 +11,7 @@ from torch import Tensor
 from . import decode, features
 from .batches import Batch
 from .data import Alphabet, Corpora, Dataset
+from .files import TrainError
 from .model import Encoder
 from .settings import Settings
 
@@ -29,7 +30,11 @@ def machine(settings: Settings) -> Machine:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainError(f"--device {name} cannot be used: {reason}") from error
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast)
     return Machine(device, torch.bfloat16 if bf16 else torch.float32)

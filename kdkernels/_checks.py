@@ -69,7 +69,7 @@ def choice(op, name, value, allowed):
 def number(op, name, value):
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise bad_type(op, name, "to be a number", type(value).__name__)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite
         raise bad_value(op, name, "to be finite", value)
     return float(value)
 

@@ -16,8 +16,8 @@ def ctc_posteriors(
     the loss is ``softmax - gamma``. Source: Graves et al. (2006). Equivalent to, for one
     utterance::
 
-        logits.softmax(-1) - torch.autograd.grad(kdkernels.ctc_loss(logits, ..., reduction="sum"),
-        logits)[0]
+        loss = kdkernels.ctc_loss(logits, ..., reduction="sum")
+        logits.softmax(-1) - torch.autograd.grad(loss, logits)[0]
 
     Args: as in :func:`kdkernels.ctc_loss`.
 

@@ -37,7 +37,7 @@ def ctc_loss(
     (2006); unlike there, :math:`\beta` leaves out the emission of its own frame. Equivalent to::
 
         F.ctc_loss(logits.log_softmax(-1), targets, input_lengths, target_lengths, blank,
-        reduction, zero_infinity)
+                   reduction, zero_infinity)
 
     Log-probabilities may be passed as logits: log_softmax leaves them unchanged, and loss and
     gradient are then those of ``F.ctc_loss``, which makes this a drop-in (:func:`kdkernels.patch`).

@@ -1,0 +1,68 @@
+"""Every test of an operator runs over every (device, backend) pair of this machine.
+
+A test asks for `on`, and runs an operator as ``on.ctc_loss(...)`` on ``on.device``. Its module names in OPS the
+operators it needs. `test_backends.py` says which pairs must be there.
+"""
+
+import functools
+import os
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import backends
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+torch.use_deterministic_algorithms(True)  # besides: torch.empty is NaN
+os.environ.pop("KDKERNELS_BACKEND", None)
+
+hypothesis.settings.register_profile(
+    "kdkernels",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("kdkernels")
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+class Place:
+    """A device and a backend; its attributes are the operators, run there."""
+
+    def __init__(self, device, backend):
+        self.device, self.backend = device, backend
+
+    def __repr__(self):
+        return f"{self.device}-{self.backend}"
+
+    def __getattr__(self, op):
+        return functools.partial(getattr(kdkernels, op), backend=self.backend)
+
+    def leaf(self, x, dtype=None):
+        """`x` on this device as a leaf that requires grad, with the strides that it has."""
+        return x.detach().to(self.device, dtype or x.dtype).requires_grad_()
+
+
+def places(ops):
+    pairs = [(device, name) for device in DEVICES for name in backends.NAMES]
+    return [Place(d, b) for d, b in pairs if all(b in backends.available(op, d) for op in ops)]
+
+
+def pytest_generate_tests(metafunc):
+    if "on" in metafunc.fixturenames:
+        metafunc.parametrize("on", places(metafunc.module.OPS), ids=repr)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; gives the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

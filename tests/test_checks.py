@@ -1,0 +1,206 @@
+"""Every error has one form: the operator, the argument, what was expected, what was given."""
+
+import pytest
+import torch
+from helpers import problem, randn
+
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
+CTC = ("ctc_loss", "ctc_posteriors", "ctc_align", "ctc_kd_loss")
+P = problem(T=12, N=3, C=7, S=4, seed=1)
+
+
+def call(on, op, logits=P.logits, targets=P.targets, input_lengths=P.input_lengths,
+         target_lengths=P.target_lengths, **options):  # fmt: skip
+    logits = logits.to(on.device) if isinstance(logits, torch.Tensor) else logits
+    first = (logits, logits) if op == "ctc_kd_loss" else (logits,)
+    return getattr(on, op)(*first, targets, input_lengths, target_lengths, **options)
+
+
+def lengths(values, which):
+    full = {"input_lengths": [12, 12, 12], "target_lengths": [4, 4, 4]}
+    return {**full, which: values}
+
+
+@pytest.mark.parametrize("op", CTC)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(blank=7), ValueError, r"expected `blank` in \[0, 7\), got 7"),
+        (dict(blank=-1), ValueError, r"expected `blank` in \[0, 7\), got -1"),
+        (dict(blank=0.5), TypeError, r"expected `blank` to be an integer, got float"),
+        (dict(logits=[1.0]), TypeError, r"expected `(student_)?logits` to be a tensor, got list"),
+        (dict(logits=P.logits.long()), TypeError, r"expected `(student_)?logits` of dtype .*int64"),
+        (dict(logits=P.logits[None]), ValueError, r"expected `(student_)?logits` of 2 or 3 dims"),
+        (dict(logits=P.logits[..., :0]), ValueError, r"expected `(student_)?logits` with at least"),
+        (dict(targets=[[1, 2]]), TypeError, r"expected `targets` to be a tensor, got list"),
+        (dict(targets=P.targets.float()), TypeError, r"expected `targets` of an integer dtype"),
+        (dict(targets=P.targets > 2), TypeError, r"expected `targets` of an integer dtype"),
+        (dict(targets=P.targets[None]), ValueError, r"expected `targets` of 1 or 2 dims"),
+        (
+            dict(targets=P.targets[:2]),
+            ValueError,
+            r"expected `targets` of 3 rows, got shape \(2, 4\)",
+        ),
+        (dict(targets=P.targets[0]), ValueError, r"`targets` to hold sum\(target_lengths\) = \d+ "),
+        (dict(input_lengths=[12, 12]), ValueError, r"expected `input_lengths` of shape \(3,\)"),
+        (dict(input_lengths=12), ValueError, r"expected `input_lengths` of shape \(3,\)"),
+        (dict(input_lengths=[1.5, 2, 3]), TypeError, r"expected `input_lengths` to hold integers"),
+        (dict(input_lengths=torch.ones(3)), TypeError, r"`input_lengths` of an integer dtype"),
+        (dict(backend="no"), ValueError, r"expected `backend` in .*, got 'no'"),
+    ],
+)
+def test_ctc_arguments(on, op, arguments, error, message):
+    with pytest.raises(error, match=f"^{op}: .*{message.removeprefix('expected ')}"):
+        # A partial with another backend: the keyword of the call wins.
+        call(on, op, **arguments)
+
+
+@pytest.mark.parametrize("op", CTC)
+@pytest.mark.parametrize(
+    ("which", "values", "limit"),
+    [
+        ("input_lengths", [12, 13, 1], 12),
+        ("input_lengths", [12, -1, 1], 12),
+        ("target_lengths", [4, 5, 0], 4),
+        ("target_lengths", [4, -2, 0], 4),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_lengths_out_of_range(on, op, which, values, limit, kind):
+    message = rf"^{op}: expected `{which}` in \[0, {limit}\], got {values[1]} \(utterance 1\)"
+    with pytest.raises(ValueError, match=message):
+        call(on, op, **{k: kind(v) for k, v in lengths(values, which).items()})
+
+
+@pytest.mark.parametrize("op", CTC)
+@pytest.mark.parametrize("blank", [0, 3, 6])
+@pytest.mark.parametrize("wrong", [-1, 7, 100, "blank"])
+@pytest.mark.parametrize("shape", ["padded", "concatenated"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_labels_out_of_range(on, op, blank, wrong, shape, dtype):
+    labels = torch.tensor([c for c in range(7) if c != blank])
+    targets = labels[torch.randint(6, (3, 4), generator=torch.Generator().manual_seed(2))]
+    value = blank if wrong == "blank" else wrong
+    targets[1, 2] = value
+    targets = targets.to(dtype)
+    counts = [4, 3, 2]
+    call(on, op, targets=targets, target_lengths=[4, 2, 4], input_lengths=[12] * 3, blank=blank)
+    if shape == "concatenated":
+        targets = torch.cat([row[:n] for row, n in zip(targets, counts, strict=True)])
+    message = (
+        rf"^{op}: expected `targets` in \[0, 7\) and other than blank \({blank}\), got {value}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(on, op, targets=targets, target_lengths=counts, input_lengths=[12] * 3, blank=blank)
+
+
+@pytest.mark.parametrize("op", ["ctc_loss", "ctc_kd_loss"])
+def test_ctc_reduction(on, op):
+    with pytest.raises(ValueError, match=rf"^{op}: expected `reduction` in .*, got 'batchmean'"):
+        call(on, op, reduction="batchmean")
+
+
+S, T = randn(2, 3, 5), randn(2, 3, 5, seed=1)
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "ctc_kd_loss"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(temperature=0.0), ValueError, r"expected `temperature` > 0, got 0.0"),
+        (dict(temperature=-1), ValueError, r"expected `temperature` > 0, got -1.0"),
+        (
+            dict(temperature=float("nan")),
+            ValueError,
+            r"expected `temperature` to be finite, got nan",
+        ),
+        (
+            dict(temperature=float("inf")),
+            ValueError,
+            r"expected `temperature` to be finite, got inf",
+        ),
+        (dict(temperature="2"), TypeError, r"expected `temperature` to be a number, got str"),
+        (dict(teacher_temperature=0), ValueError, r"expected `teacher_temperature` > 0, got 0.0"),
+        (dict(divergence="kl"), ValueError, r"expected `divergence` in .*, got 'kl'"),
+        (dict(divergence="jsd", beta=0.0), ValueError, r"expected `beta` in \(0, 1\), got 0.0"),
+        (dict(divergence="jsd", beta=1), ValueError, r"expected `beta` in \(0, 1\), got 1.0"),
+        (dict(reduction="average"), ValueError, r"expected `reduction` in .*, got 'average'"),
+    ],
+)
+def test_distillation_options(on, op, options, error, message):
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        if op == "kd_loss":
+            on.kd_loss(S.to(on.device), T.to(on.device), **options)
+        else:
+            call(on, op, **options)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "error", "message"),
+    [
+        (
+            S,
+            T[:1],
+            {},
+            ValueError,
+            r"expected `teacher_logits` of shape \(2, 3, 5\), got \(1, 3, 5\)",
+        ),
+        (S, T[..., :4], {}, ValueError, r"expected `teacher_logits` of shape"),
+        (S, T.int(), {}, TypeError, r"expected `teacher_logits` of dtype float32"),
+        (S, 1.0, {}, TypeError, r"expected `teacher_logits` to be a tensor, got float"),
+        (S.bool(), T, {}, TypeError, r"expected `student_logits` of dtype float32"),
+        (
+            torch.tensor(1.0),
+            T,
+            {},
+            ValueError,
+            r"expected `student_logits` with at least one class",
+        ),
+        (S, T, dict(weight=torch.ones(3, 2)), ValueError, r"expected `weight` of shape \(2, 3\)"),
+        (S, T, dict(weight=torch.ones(2, 3).int()), TypeError, r"expected `weight` of a bool or"),
+        (S, T, dict(weight=[1.0]), TypeError, r"expected `weight` to be a tensor, got list"),
+        (
+            S,
+            T,
+            dict(weight=torch.ones(2, 3, requires_grad=True)),
+            ValueError,
+            r"expected `weight` without requires_grad",
+        ),
+        (S[0, 0], T[0, 0], dict(reduction="batchmean"), ValueError, r"`student_logits` of 2 dims"),
+    ],
+)
+def test_kd_loss_arguments(on, student, teacher, options, error, message):
+    def move(x):
+        return x.detach().to(on.device).requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
+
+    with pytest.raises(error, match=f"^kd_loss: .*{message.removeprefix('expected ')}"):
+        on.kd_loss(move(student), move(teacher), **{k: move(v) for k, v in options.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(labelled=torch.ones(3)), TypeError, r"expected `labelled` of dtype bool"),
+        (dict(labelled=torch.ones(2).bool()), ValueError, r"expected `labelled` of shape \(3,\)"),
+        (
+            dict(frame_weight=torch.ones(3, 12)),
+            ValueError,
+            r"expected `frame_weight` of shape \(12, 3\)",
+        ),
+        (dict(kd_weight="1"), TypeError, r"expected `kd_weight` to be a number, got str"),
+        (dict(ctc_weight=float("inf")), ValueError, r"expected `ctc_weight` to be finite, got inf"),
+    ],
+)
+def test_ctc_kd_loss_options(on, options, error, message):
+    options = {k: v.to(on.device) if torch.is_tensor(v) else v for k, v in options.items()}
+    with pytest.raises(error, match=f"^ctc_kd_loss: {message}"):
+        call(on, "ctc_kd_loss", **options)
+
+
+def test_another_device(on):
+    other = torch.device("meta")
+    x = S.to(on.device)
+    with pytest.raises(ValueError, match=r"^kd_loss: expected `teacher_logits` on .*, got meta"):
+        on.kd_loss(x, T.to(other))
+    with pytest.raises(ValueError, match=r"^kd_loss: expected `weight` on .*, got meta"):
+        on.kd_loss(x, T.to(on.device), weight=torch.ones(2, 3, device=other))

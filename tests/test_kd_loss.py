@@ -1,0 +1,264 @@
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import LAYOUTS, kd_oracle, randn, strided
+from tolerances import DTYPES, assert_kd_grad, assert_loss
+
+OPS = ("kd_loss",)
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def check(on, s, t, dtype, teacher_dtype=None, roundings=1, largest=None, **options):
+    s, t = s.to(dtype), t.to(teacher_dtype or dtype)
+    loss_expected, grad_s, grad_t = kd_oracle(s, t, **options)
+    s, t = on.leaf(s), on.leaf(t)
+    if "weight" in options and options["weight"] is not None:
+        options["weight"] = options["weight"].to(on.device)
+    loss = on.kd_loss(s, t, **options)
+    wide = torch.float64 in (s.dtype, t.dtype)
+    assert loss.dtype == (torch.float64 if wide else torch.float32)
+    loss.sum().backward()
+    narrow = torch.float32 if torch.float64 in (s.dtype, t.dtype) and s.dtype != t.dtype else dtype
+    assert_loss(loss, loss_expected, narrow, kd=True)
+    for x, grad in ((s, grad_s), (t, grad_t)):
+        assert x.grad.dtype == x.dtype
+        assert_kd_grad(x.grad, grad, x.dtype if narrow is dtype else narrow, roundings, largest)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_definition(on, divergence, dtype, reduction):
+    # Half precision mean: the gradient of the sum is rounded, scaled, and rounded again.
+    check(
+        on,
+        randn(4, 7, 33, seed=1, scale=2),
+        randn(4, 7, 33, seed=2, scale=2),
+        dtype,
+        roundings=2,
+        divergence=divergence,
+        reduction=reduction,
+        temperature=2.0,
+        beta=0.3,
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize(
+    ("temperature", "teacher_temperature"), [(1.0, None), (4.0, 1.5), (0.3, 1)]
+)
+def test_temperatures(on, divergence, rescale, temperature, teacher_temperature):
+    check(
+        on,
+        randn(9, 50, seed=3),
+        randn(9, 50, seed=4),
+        torch.float32,
+        divergence=divergence,
+        rescale=rescale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+def test_dtypes_may_differ(on, dtype, teacher_dtype):
+    s, t = randn(5, 40, seed=5).to(dtype), randn(5, 40, seed=6).to(teacher_dtype)
+    expected, grad_s, grad_t = kd_oracle(s, t)
+    s, t = on.leaf(s), on.leaf(t)
+    loss = on.kd_loss(s, t)
+    loss.backward()
+    assert_loss(loss, expected, torch.float32, kd=True)
+    assert_kd_grad(s.grad, grad_s, dtype, 2)
+    assert_kd_grad(
+        t.grad, grad_t, torch.float32 if teacher_dtype.itemsize > 2 else teacher_dtype, 2
+    )
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 15, 16, 17, 255, 1000, 4097, 40000])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_number_of_classes(on, C, divergence):
+    s, t = randn(2, C, seed=C, scale=3), randn(2, C, seed=C + 1, scale=3)
+    check(on, s, t, torch.float32, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
+def test_near_convergence(on, divergence, size):
+    """KL of 5e-3 down to 5e-7 over 32000 classes: the plain form in float32 loses it altogether."""
+    t = randn(3, 32000, seed=7, dtype=torch.float32)
+    s = (t + randn(3, 32000, seed=8, scale=size)).float()
+    check(on, s, t, torch.float32, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("scale", [30.0, 300.0, 3e4])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_large_logits(on, scale, divergence):
+    s, t = randn(6, 64, seed=9, scale=scale), randn(6, 64, seed=10, scale=scale)
+    # Where both are certain, a gradient is the difference of two probabilities close to 1 or to 0.
+    check(on, s, t, torch.float32, divergence=divergence, reduction="none", largest=1.0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_far_apart(on, divergence):
+    """The teacher certain of one class, the student of another."""
+    s = torch.zeros(1, 20)
+    t = torch.zeros(1, 20)
+    s[0, 3], t[0, 11] = 60.0, 60.0
+    check(on, s, t, torch.float32, divergence=divergence)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+def test_identical_logits_are_exactly_zero(on, dtype, divergence, temperature):
+    x = randn(5, 301, seed=11, scale=5).to(dtype)
+    s, t = on.leaf(x), on.leaf(x.clone())
+    loss = on.kd_loss(s, t, divergence=divergence, temperature=temperature, reduction="none")
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert (s.grad == 0).all()
+    assert (t.grad == 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_never_negative(on, divergence):
+    t = randn(200, 500, seed=12, dtype=torch.float32)
+    for size in (1e-6, 1e-5, 1e-4, 1.0):
+        s = (t + randn(200, 500, seed=13, scale=size)).float()
+        loss = on.kd_loss(s.to(on.device), t.to(on.device), divergence=divergence, reduction="none")
+        assert (loss >= 0).all()
+
+
+def test_known_value(on):
+    """(p, 1 - p) against (q, 1 - q), by hand."""
+    p, q = 0.8, 0.3
+    t = torch.tensor([[math.log(p), math.log(1 - p)]], device=on.device)
+    s = torch.tensor([[math.log(q), math.log(1 - q)]], device=on.device)
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert on.kd_loss(s, t).item() == pytest.approx(kl, rel=1e-6)
+    reverse = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    assert on.kd_loss(s, t, divergence="reverse_kl").item() == pytest.approx(reverse, rel=1e-6)
+
+
+def test_the_line_it_replaces(on):
+    import torch.nn.functional as F
+
+    s, t, tau = randn(8, 30, seed=14).to(on.device), randn(8, 30, seed=15).to(on.device), 2.5
+    expected = (
+        F.kl_div(F.log_softmax(s / tau, -1), F.softmax(t / tau, -1), reduction="batchmean") * tau**2
+    )
+    loss = on.kd_loss(s, t, temperature=tau, reduction="batchmean")
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_shift_of_logits_changes_nothing(on, divergence):
+    s, t = randn(6, 20, seed=16).to(on.device), randn(6, 20, seed=17).to(on.device)
+    loss = on.kd_loss(s, t, divergence=divergence)
+    shifted = on.kd_loss(s + 17.0, t - 250.0, divergence=divergence)
+    torch.testing.assert_close(loss, shifted, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float32, torch.float64, torch.float16], ids=str
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weight(on, dtype, reduction):
+    weight = torch.tensor([[1, 0, 3], [0, 2, 1]], dtype=dtype)
+    check(
+        on,
+        randn(2, 3, 21, seed=18),
+        randn(2, 3, 21, seed=19),
+        torch.float32,
+        weight=weight,
+        reduction=reduction,
+    )
+
+
+def test_weight_of_any_strides(on):
+    s, t = randn(4, 3, 8, seed=20).to(on.device), randn(4, 3, 8, seed=21).to(on.device)
+    weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).to(on.device)
+    loss = on.kd_loss(s, t, weight=weight.t())
+    torch.testing.assert_close(
+        loss, on.kd_loss(s, t, weight=weight.t().contiguous()), rtol=0, atol=0
+    )
+    one = torch.ones(1, 1, device=on.device).expand(4, 3)
+    torch.testing.assert_close(on.kd_loss(s, t, weight=one), on.kd_loss(s, t), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(on, layout):
+    s, t = randn(4, 5, 18, seed=22).to(on.device), randn(4, 5, 18, seed=23).to(on.device)
+    expected = on.kd_loss(s, t, reduction="none")
+    x = on.leaf(strided(s, layout))
+    loss = on.kd_loss(x, t, reduction="none")
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    assert_kd_grad(x.grad, kd_oracle(s, t, reduction="sum")[1], torch.float64)
+    assert torch.equal(on.kd_loss(s, strided(t, layout), reduction="none"), expected)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (2, 3, 2, 6), (1, 1, 1, 1)])
+def test_leading_dims(on, shape):
+    s, t = randn(*shape, seed=24), randn(*shape, seed=25)
+    check(on, s, t, torch.float32, reduction="none")
+    check(on, s, t, torch.float32, reduction="mean")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(on, divergence):
+    s, t = on.leaf(randn(3, 5, seed=26)), on.leaf(randn(3, 5, seed=27))
+    weight = torch.tensor([1.0, 0.0, 2.5], device=on.device)
+
+    def loss(s, t):
+        return on.kd_loss(
+            s,
+            t,
+            weight=weight,
+            divergence=divergence,
+            temperature=1.7,
+            teacher_temperature=0.8,
+            beta=0.2,
+        )
+
+    assert torch.autograd.gradcheck(loss, (s, t))
+
+
+@hypothesis.given(data=st.data())
+def test_any_problem(on, data):
+    shape = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3), label="rows")
+    C = data.draw(st.integers(1, 70), label="C")
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    teacher_dtype = data.draw(st.sampled_from(DTYPES), label="teacher_dtype")
+    reduction = data.draw(st.sampled_from(REDUCTIONS), label="reduction")
+    divergence = data.draw(st.sampled_from(DIVERGENCES), label="divergence")
+    temperature = data.draw(st.sampled_from([0.5, 1.0, 2.0, 3.3]), label="temperature")
+    seed = data.draw(st.integers(0, 999), label="seed")
+    scale = data.draw(st.sampled_from([0.1, 1.0, 5.0]), label="scale")
+    weighted = data.draw(st.booleans(), label="weighted")
+    layouts = [data.draw(st.sampled_from(LAYOUTS), label="layout") for _ in range(2)]
+    s = randn(*shape, C, seed=seed, scale=scale).to(dtype)
+    t = randn(*shape, C, seed=seed + 1, scale=scale).to(teacher_dtype)
+    weight = randn(*shape, seed=seed + 2).abs() if weighted else None
+    options = dict(
+        divergence=divergence, reduction=reduction, temperature=temperature, weight=weight
+    )
+    if s.numel():
+        expected, grad_s, grad_t = kd_oracle(s, t, **options)
+    else:
+        expected = torch.zeros(shape if reduction == "none" else (), dtype=torch.float64)
+        grad_s, grad_t = torch.zeros_like(s), torch.zeros_like(t)
+    s, t = (on.leaf(strided(x, k)) for x, k in zip((s, t), layouts, strict=True))
+    options["weight"] = weight if weight is None else weight.to(on.device)
+    loss = on.kd_loss(s, t, **options)
+    loss.sum().backward()
+    narrow = torch.float64 if dtype == teacher_dtype == torch.float64 else torch.float32
+    assert_loss(loss, expected, narrow, kd=C > 1)
+    for x, grad in ((s, grad_s), (t, grad_t)):
+        assert_kd_grad(x.grad, grad, x.dtype if x.dtype.itemsize == 2 else narrow, 2)

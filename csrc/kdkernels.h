@@ -40,38 +40,34 @@ struct Kernels {
       void* workspace, int64_t threads);
 
   // ---- ctc_loss, ctc_kd_loss, ctc_posteriors -----------------------------------------------------
-  // `plan`: T, N, C, S (labels of the longest target) and the longest of input_lengths.
-  int64_t (*ctc_loss_workspace)(int64_t N, int64_t C, int64_t longest_input, int64_t longest_target,
-                                int64_t is_double, int64_t threads);
+  int64_t (*ctc_loss_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
-  // CTC loss per utterance, and its gradient; with a teacher the divergence of each frame as well,
-  // both gradients written as one.
+  // CTC loss of each utterance and its gradient; with a teacher the divergence of each frame as
+  // well, and both gradients written as one.
   void (*ctc_loss_forward)(
-      int64_t T, int64_t N, int64_t C,                                          //
-      const void* logits, int64_t dtype, int64_t stride_t, int64_t stride_n,    //
+      int64_t T, int64_t N, int64_t C, int64_t S,                             // S: longest target
+      const void* logits, int64_t dtype, int64_t stride_t, int64_t stride_n,  //
       const int64_t* targets, const int64_t* target_offsets,  // labels of n: targets + offsets[n]
-      const int64_t* input_lengths, const int64_t* target_lengths,              // [N]
-      int64_t blank, int64_t zero_infinity,
-      const void* ctc_scale,  // [N], d(returned loss) / d(ctc loss of n); null: no gradient
-      int64_t posteriors,     // 1: write occupancies in place of the gradient
-      // the teacher, or null
-      const void* teacher, int64_t teacher_dtype, int64_t teacher_stride_t, int64_t teacher_stride_n,
-      const uint8_t* labelled,   // [N] or null: all
-      const void* frame_weight,  // [T][N], or null: all ones
-      const void* kd_scale,      // [N], d(returned loss) / d(kd loss of n)
-      double temperature, double teacher_temperature, int64_t divergence, double beta,
-      void* ctc_loss,  // [N] (out)
-      void* kd_loss,   // [N] (out), sum over the utterance's frames; null without teacher
-      void* grad, int64_t grad_stride_t, int64_t grad_stride_n,  // (out) or null
-      void* grad_teacher, int64_t grad_teacher_stride_t, int64_t grad_teacher_stride_n,  // or null
+      const int64_t* input_lengths, const int64_t* target_lengths,  // [N]
+      int64_t blank, int64_t reduction, int64_t zero_infinity,
+      int64_t posteriors,  // 1: expected occupancies in place of the gradient
+      // The teacher; all of these are ignored where it is null.
+      const void* teacher, int64_t teacher_dtype, int64_t teacher_stride_t,
+      int64_t teacher_stride_n,   //
+      const uint8_t* labelled,    // [N], or null: all
+      const void* frame_weight,   // [T][N], or null: all ones
+      double ctc_weight, double kd_weight, double temperature, double teacher_temperature,
+      int64_t divergence, double beta, int64_t rescale,
+      void* loss, void* ctc, void* kd,  // [N] for Reduction::none, else [1] (out); null: not wanted
+      void* grad, int64_t grad_stride_t, int64_t grad_stride_n,  // [T][N][C], or null (out)
+      void* grad_teacher, int64_t grad_teacher_stride_t, int64_t grad_teacher_stride_n,  // the same
       void* workspace, int64_t threads);
 
   // ---- ctc_align ---------------------------------------------------------------------------------
-  int64_t (*ctc_align_workspace)(int64_t N, int64_t C, int64_t longest_input,
-                                 int64_t longest_target, int64_t threads);
+  int64_t (*ctc_align_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
   // Viterbi path of each utterance and its log-probability.
-  void (*ctc_align)(int64_t T, int64_t N, int64_t C,                                        //
+  void (*ctc_align)(int64_t T, int64_t N, int64_t C, int64_t S,                             //
                     const void* logits, int64_t dtype, int64_t stride_t, int64_t stride_n,  //
                     const int64_t* targets, const int64_t* target_offsets,                  //
                     const int64_t* input_lengths, const int64_t* target_lengths, int64_t blank,

@@ -121,3 +121,219 @@ def kd_loss_forward(
         threads,
     )
     return loss, grad_student, grad_teacher
+
+
+class _Labels:
+    """Targets and lengths as the kernels take them: int64, and where each target begins."""
+
+    def __init__(self, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> None:
+        self.input_lengths = input_lengths.to("cpu", torch.int64).contiguous()
+        self.target_lengths = target_lengths.to("cpu", torch.int64).contiguous()
+        self.targets = targets.to("cpu", torch.int64).contiguous()
+        if targets.dim() == 2:
+            N, self.longest = targets.shape
+            self.offsets = torch.arange(N).mul_(self.longest)
+        else:
+            self.longest = int(self.target_lengths.max()) if len(self.target_lengths) else 0
+            self.offsets = self.target_lengths.cumsum(0) - self.target_lengths
+
+    def addresses(self) -> tuple[int, ...]:
+        tensors = (self.targets, self.offsets, self.input_lengths, self.target_lengths)
+        return tuple(x.data_ptr() for x in tensors)
+
+
+def _ctc(
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+    loss: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grad: Tensor | None,
+    *,
+    posteriors: bool = False,
+    teacher: Tensor | None = None,
+    grad_teacher: Tensor | None = None,
+    labelled: Tensor | None = None,
+    frame_weight: Tensor | None = None,
+    ctc_weight: float = 1.0,
+    kd_weight: float = 0.0,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    rescale: bool = False,
+) -> None:
+    T, N, C = logits.shape
+    labels = _Labels(targets, input_lengths, target_lengths)
+    S = labels.longest
+    threads = torch.get_num_threads()
+    workspace = _workspace(_kernels.ctc_loss_workspace(T, N, C, S, threads))
+    _kernels.ctc_loss_forward(
+        T,
+        N,
+        C,
+        S,
+        logits.data_ptr(),
+        _DTYPE[logits.dtype],
+        logits.stride(0),
+        logits.stride(1),
+        *labels.addresses(),
+        blank,
+        _REDUCTION[reduction],
+        zero_infinity,
+        posteriors,
+        _address(teacher),
+        0 if teacher is None else _DTYPE[teacher.dtype],
+        0 if teacher is None else teacher.stride(0),
+        0 if teacher is None else teacher.stride(1),
+        _address(labelled),
+        _address(frame_weight),
+        ctc_weight,
+        kd_weight,
+        temperature,
+        teacher_temperature,
+        _DIVERGENCE[divergence],
+        beta,
+        rescale,
+        *(_address(x) for x in loss),
+        _address(grad),
+        0 if grad is None else grad.stride(0),
+        0 if grad is None else grad.stride(1),
+        _address(grad_teacher),
+        0 if grad_teacher is None else grad_teacher.stride(0),
+        0 if grad_teacher is None else grad_teacher.stride(1),
+        workspace.data_ptr(),
+        threads,
+    )
+
+
+def ctc_loss_forward(
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+    grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    loss = torch.empty(logits.shape[1:2] if reduction == "none" else (), dtype=_float_dtype(logits))
+    gradient = torch.empty_like(logits) if grad else None
+    _ctc(
+        logits,
+        targets,
+        input_lengths,
+        target_lengths,
+        blank,
+        reduction,
+        zero_infinity,
+        (loss, None, None),
+        gradient,
+    )
+    return loss, gradient
+
+
+def ctc_kd_loss_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    labelled: Tensor | None,
+    frame_weight: Tensor | None,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+    ctc_weight: float,
+    kd_weight: float,
+    temperature: float,
+    teacher_temperature: float,
+    divergence: str,
+    beta: float,
+    rescale: bool,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    T, N, _ = student_logits.shape
+    dtype = _float_dtype(student_logits, teacher_logits)
+    shape = (N,) if reduction == "none" else ()
+    loss, ctc, kd = (torch.empty(shape, dtype=dtype) for _ in range(3))
+    grad_student = torch.empty_like(student_logits) if student_grad else None
+    grad_teacher = torch.empty_like(teacher_logits) if teacher_grad else None
+    if labelled is not None:
+        labelled = labelled.to("cpu", torch.bool).contiguous()
+    if frame_weight is not None:
+        frame_weight = frame_weight.to(dtype).expand(T, N).contiguous()
+    _ctc(
+        student_logits,
+        targets,
+        input_lengths,
+        target_lengths,
+        blank,
+        reduction,
+        zero_infinity,
+        (loss, ctc, kd),
+        grad_student,
+        teacher=teacher_logits,
+        grad_teacher=grad_teacher,
+        labelled=labelled,
+        frame_weight=frame_weight,
+        ctc_weight=ctc_weight,
+        kd_weight=kd_weight,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        divergence=divergence,
+        beta=beta,
+        rescale=rescale,
+    )
+    return loss, ctc, kd, grad_student, grad_teacher
+
+
+def ctc_posteriors(
+    logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
+) -> Tensor:
+    occupancy = torch.empty(logits.shape, dtype=_float_dtype(logits))
+    _ctc(
+        logits,
+        targets,
+        input_lengths,
+        target_lengths,
+        blank,
+        "none",
+        True,
+        (None, None, None),
+        occupancy,
+        posteriors=True,
+    )
+    return occupancy
+
+
+def ctc_align(
+    logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
+) -> tuple[Tensor, Tensor]:
+    T, N, C = logits.shape
+    labels = _Labels(targets, input_lengths, target_lengths)
+    paths = torch.empty((N, T), dtype=torch.int64)
+    scores = torch.empty(N, dtype=_float_dtype(logits))
+    threads = torch.get_num_threads()
+    workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, threads))
+    _kernels.ctc_align(
+        T,
+        N,
+        C,
+        labels.longest,
+        logits.data_ptr(),
+        _DTYPE[logits.dtype],
+        logits.stride(0),
+        logits.stride(1),
+        *labels.addresses(),
+        blank,
+        paths.data_ptr(),
+        scores.data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+    return paths, scores

@@ -1,0 +1,262 @@
+// The forward-backward recursion of CTC over one utterance, alpha from the front and beta from the
+// back; they meet in the middle, where the likelihood is known, and then each goes on through the
+// other's half and turns the other's stored rows into occupancies.
+//
+// A state's value is mantissa * 2^exponent, one exponent a state: sums are integer shifts and
+// multiply-adds, with neither exp nor log, and nothing underflows. States are kept as pairs, split
+// in two arrays: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that
+// each needs one neighbour, the label of the pair before it in its own direction:
+//   x       = blank[k] + label[k -/+ 1]
+//   blank'  = p(blank) x
+//   label'  = p(label) (label[k] + (may skip ? x : blank[k]))
+// Rows of the first half are kept in blocks that stay in the cache: of the blocks before the last
+// one only the row that precedes it is kept, and the block is computed again when it is needed.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+// Exponents: that of a state with probability 0, and of a symbol with probability 0. Between two
+// normalisations kPeriod of the latter may be added to the former without overflow.
+template <class Float>
+constexpr typename Simd<Float>::Int kZeroState = sizeof(Float) == 8 ? -(int64_t(1) << 52)
+                                                                    : -(int64_t(1) << 27);
+template <class Float>
+constexpr typename Simd<Float>::Int kZeroSymbol = kZeroState<Float> / 4;
+// A likelihood below 2^kZeroLikelihood passed through a symbol with probability 0.
+template <class Float>
+constexpr typename Simd<Float>::Int kZeroLikelihood = kZeroSymbol<Float> / 2;
+constexpr int64_t kPeriod = 8;  // frames between normalisations: mantissas stay below 6^8
+
+template <class Float>
+struct Number {  // of each lane: m * 2^e
+  Vec<Float> m;
+  VecInt<Float> e;
+};
+
+template <class Float>
+KDKERNELS_INLINE Number<Float> zero_number() {
+  return {Vec<Float>{}, VecInt<Float>{} + kZeroState<Float>};
+}
+
+template <class Float>
+KDKERNELS_INLINE Number<Float> add(Number<Float> a, Number<Float> b) {
+  const VecInt<Float> e = max(a.e, b.e);
+  return {a.m * power_of_two<Float>(a.e - e) + b.m * power_of_two<Float>(b.e - e), e};
+}
+
+template <class Float>
+KDKERNELS_INLINE Number<Float> normalised(Number<Float> a) {
+  using S = Simd<Float>;
+  using I = VecInt<Float>;
+  const I bits = (I)a.m;
+  const I one = (I)broadcast(Float(1));
+  const typename S::Int mantissa = (typename S::Int(1) << S::kMantissaBits) - 1;
+  return {(Vec<Float>)((bits & mantissa) | one),
+          max(a.e + ((bits >> S::kMantissaBits) - S::kBias), I{} + kZeroState<Float>)};
+}
+
+// What the recursion knows of an utterance.
+template <class Float>
+struct Lattice {
+  using Int = typename Simd<Float>::Int;
+  int64_t T, S;
+  int64_t width;           // pairs (S + 1) in whole vectors, in elements
+  const Float* blank_m;    // [T], probability of blank, in (m, e)
+  const Int* blank_e;      // [T]
+  const Float* label_m;    // [T][width + W], of label k at element W + k; no label: kZeroSymbol
+  const Int* label_e;      // [T][width + W]
+  const Int* skip;         // [width], -1 where label k - 1 may be followed by label k, else 0
+  int64_t row() const { return width + kLanes<Float>; }
+};
+
+// One row of pairs: four arrays of `width` elements with a vector of margin on both sides.
+template <class Float>
+struct PairRow {
+  using Int = typename Simd<Float>::Int;
+  Float* base;
+  int64_t stride;  // width + 2 W
+  static int64_t elements(int64_t width) { return 4 * (width + 2 * kLanes<Float>); }
+  PairRow(Float* base, int64_t width) : base(base), stride(width + 2 * kLanes<Float>) {}
+
+  Number<Float> blank(int64_t j) const { return get(0, j); }
+  Number<Float> label(int64_t j) const { return get(2, j); }
+  void set_blank(int64_t j, Number<Float> x) { set(0, j, x); }
+  void set_label(int64_t j, Number<Float> x) { set(2, j, x); }
+  void set_zero(int64_t j) {
+    set_blank(j, zero_number<Float>());
+    set_label(j, zero_number<Float>());
+  }
+
+ private:
+  Float* at(int64_t array, int64_t j) const {
+    return base + array * stride + (j + 1) * kLanes<Float>;
+  }
+  Number<Float> get(int64_t array, int64_t j) const {
+    return {load<Vec<Float>>(at(array, j)), load<VecInt<Float>>(at(array + 1, j))};
+  }
+  void set(int64_t array, int64_t j, Number<Float> x) {
+    store(at(array, j), x.m);
+    store(at(array + 1, j), x.e);
+  }
+};
+
+struct Band {  // vectors that hold a state that can be reached and can still reach the end
+  int64_t low, high;
+};
+
+// One direction: kForward is alpha. Its step i is at frame i, or T - 1 - i.
+template <class Float, bool kForward>
+class Chain {
+ public:
+  using Int = typename Simd<Float>::Int;
+  static constexpr int W = kLanes<Float>;
+
+  // Rows in a block, for half of T frames: about 256 KiB.
+  static int64_t block_rows(int64_t T, int64_t width) {
+    const int64_t bytes = PairRow<Float>::elements(width) * int64_t(sizeof(Float));
+    return std::min<int64_t>((T + 1) / 2 + 1, std::max<int64_t>(16, (int64_t(1) << 18) / bytes));
+  }
+  static int64_t workspace(int64_t T, int64_t width) {  // elements
+    const int64_t block = block_rows(T, width), blocks = (T / 2 + 1) / block + 1;
+    return (block + 1 + blocks + 2) * PairRow<Float>::elements(width);
+  }
+
+  // `lattice` must outlive the chain's use, `memory` have workspace(...) elements.
+  void begin(const Lattice<Float>* lattice, Float* memory) {
+    lattice_ = lattice;
+    elements_ = PairRow<Float>::elements(lattice->width);
+    block_ = block_rows(lattice->T, lattice->width);
+    rows_ = memory;
+    checkpoints_ = rows_ + (block_ + 1) * elements_;
+    current_ = checkpoints_ + ((lattice->T / 2 + 1) / block_ + 1) * elements_;
+    stored_block_ = 0;
+    // Before the first step all mass is in the blank at the chain's own end.
+    const int64_t pair = kForward ? 0 : lattice->S, j = pair / W;
+    PairRow<Float> row = slot(0);
+    for (int64_t i = j - 1; i <= j + 1; i++) row.set_zero(i);
+    Number<Float> start = zero_number<Float>();
+    start.m[pair % W] = 1;
+    start.e[pair % W] = 0;
+    row.set_blank(j, start);
+    std::memcpy(checkpoints_, row.base, bytes());
+  }
+
+  // The first half: step i, its row stored.
+  void first(int64_t i) {
+    const int64_t place = i % block_;
+    if (place == 0 && i > 0) {
+      std::memcpy(checkpoints_ + i / block_ * elements_, slot(block_).base, bytes());
+      std::memcpy(slot(0).base, slot(block_).base, bytes());
+    }
+    step(i, slot(place), slot(place + 1), [](int64_t, Number<Float>, Number<Float>) {});
+    stored_block_ = i / block_;
+  }
+
+  // After `steps` steps of the first half: take the last row along, out of the other chain's way.
+  void leave(int64_t steps) {
+    std::memcpy(current_, slot(steps == 0 ? 0 : (steps - 1) % block_ + 1).base, bytes());
+    parity_ = steps & 1;
+  }
+
+  // The second half: step i from the row taken along. For each vector j of pairs
+  // `body(j, blank, label)` gets the values before this frame's symbol.
+  template <class Body>
+  void second(int64_t i, Body body) {
+    step(i, current(i), current(i + 1), body);
+  }
+
+  // The stored row of step i; called with i going down.
+  PairRow<Float> stored(int64_t i) {
+    const int64_t block = i / block_;
+    if (block != stored_block_) {
+      std::memcpy(slot(0).base, checkpoints_ + block * elements_, bytes());
+      for (int64_t k = 0; k < block_; k++) {
+        step(block * block_ + k, slot(k), slot(k + 1),
+             [](int64_t, Number<Float>, Number<Float>) {});
+      }
+      stored_block_ = block;
+    }
+    return slot(i % block_ + 1);
+  }
+
+  // Pairs that count at step i, -1 being the state before the first step.
+  Band band(int64_t i) const {
+    const int64_t t = kForward ? i : lattice_->T - 1 - i;
+    if (i < 0) return kForward ? Band{0, 0} : Band{lattice_->S / W, lattice_->S / W};
+    const int64_t left = lattice_->T - 1 - t, shift = kForward ? 1 : 0;
+    return {std::max<int64_t>(0, lattice_->S - shift - left) / W,
+            std::min<int64_t>(lattice_->S, t + 1 - shift) / W};
+  }
+
+  int64_t frame(int64_t i) const { return kForward ? i : lattice_->T - 1 - i; }
+
+ private:
+  int64_t bytes() const { return elements_ * int64_t(sizeof(Float)); }
+  PairRow<Float> slot(int64_t place) const { return {rows_ + place * elements_, lattice_->width}; }
+  PairRow<Float> current(int64_t i) const {
+    return {current_ + ((i ^ parity_) & 1) * elements_, lattice_->width};
+  }
+
+  template <class Body>
+  KDKERNELS_INLINE void step(int64_t i, PairRow<Float> from, PairRow<Float> to, Body body) const {
+    const Band now = band(i), before = band(i - 1);
+    const int64_t t = frame(i);
+    const Number<Float> p_blank{broadcast(lattice_->blank_m[t]),
+                                VecInt<Float>{} + lattice_->blank_e[t]};
+    // Label k is at element W + k of a row of symbols; the pair k of beta has label k - 1.
+    const int64_t at = t * lattice_->row() + W - (kForward ? 0 : 1);
+    const bool normalise = i % kPeriod == kPeriod - 1;
+    const auto pair = [&](int64_t j, Number<Float> label, Number<Float> neighbour) {
+      const Number<Float> blank = from.blank(j);
+      const VecInt<Float> skip = load<VecInt<Float>>(lattice_->skip + j * W);
+      const Number<Float> x = add(blank, neighbour);
+      const Number<Float> y = add(label, {skip ? x.m : blank.m, skip ? x.e : blank.e});
+      body(j, x, y);
+      Number<Float> to_blank{x.m * p_blank.m, x.e + p_blank.e};
+      Number<Float> to_label{y.m * load<Vec<Float>>(lattice_->label_m + at + j * W),
+                             y.e + load<VecInt<Float>>(lattice_->label_e + at + j * W)};
+      if (normalise) {
+        to_blank = normalised(to_blank);
+        to_label = normalised(to_label);
+      }
+      to.set_blank(j, to_blank);
+      to.set_label(j, to_label);
+    };
+    // Beyond its front a row holds one vector of zeros; behind its back nothing that counts.
+    if constexpr (kForward) {
+      Number<Float> last = now.low > before.low ? from.label(now.low - 1) : zero_number<Float>();
+      for (int64_t j = now.low; j <= now.high; j++) {
+        const Number<Float> label = from.label(j);
+        pair(j, label, {shift_up(last.m, label.m), shift_up(last.e, label.e)});
+        last = label;
+      }
+      to.set_zero(now.high + 1);
+    } else {
+      Number<Float> last = now.high < before.high ? from.label(now.high + 1) : zero_number<Float>();
+      for (int64_t j = now.high; j >= now.low; j--) {
+        const Number<Float> label = from.label(j);
+        pair(j, label, {shift_down(label.m, last.m), shift_down(label.e, last.e)});
+        last = label;
+      }
+      to.set_zero(now.low - 1);
+    }
+  }
+
+  const Lattice<Float>* lattice_ = nullptr;
+  int64_t elements_ = 0, block_ = 0;
+  Float* rows_ = nullptr;         // [block + 1], the row before a block and the block
+  Float* checkpoints_ = nullptr;  // [blocks], the row before each block
+  Float* current_ = nullptr;      // [2], rows of the second half
+  int64_t stored_block_ = 0, parity_ = 0;
+};
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

@@ -12,6 +12,7 @@ A stage reads files and writes files. A file that is there, whole, and made from
 settings is used as it is: the same command, run again, goes on where it ended.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +54,8 @@ class Trained(NamedTuple):
 
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar on a terminal, silent elsewhere."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+    columns = shutil.get_terminal_size().columns  # 80 where a terminal does not know its size
+    return tqdm(total=total, desc=what, unit=unit, disable=None, ncols=columns)
 
 
 def prepare(settings: Settings, cache: Path) -> data.Corpora:

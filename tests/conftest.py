@@ -1,7 +1,7 @@
 """Every test of an operator runs over every (device, backend) pair of this machine.
 
-A test asks for `on`, and runs an operator as ``on.ctc_loss(...)`` on ``on.device``. Its module names in OPS the
-operators it needs. `test_backends.py` says which pairs must be there.
+A test asks for `on`, and runs an operator as ``on.ctc_loss(...)`` on ``on.device``. Its module
+names in OPS the operators it needs. `test_backends.py` says which pairs must be there.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""What is between the gradient made in forward and the one that the user gets; and bits that must not change."""
+"""What is between the gradient made in forward and the one that the user gets; and bits that must
+not change."""
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_gradient_of_each_loss(on, op):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("scale", [65536.0, 1024.0])
 def test_amp_scale_reaches_half_precision(on, op, dtype, scale):
-    """A gradient of a mean is too small for float16: the loss scale must come before the rounding."""
+    """A gradient of a mean is too small for float16: the loss scale must come before the
+    rounding."""
     p = problem(T=300, N=4, C=40, S=20, seed=3, full=True)
     logits, teacher = p.logits.to(dtype), randn(*p.logits.shape, seed=4).to(dtype)
     x = on.leaf(logits)

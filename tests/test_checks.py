@@ -1,5 +1,7 @@
 """Every error has one form: the operator, the argument, what was expected, what was given."""
 
+import functools
+
 import pytest
 import torch
 from helpers import problem, randn
@@ -25,28 +27,28 @@ def lengths(values, which):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(blank=7), ValueError, r"expected `blank` in \[0, 7\), got 7"),
-        (dict(blank=-1), ValueError, r"expected `blank` in \[0, 7\), got -1"),
-        (dict(blank=0.5), TypeError, r"expected `blank` to be an integer, got float"),
-        (dict(logits=[1.0]), TypeError, r"expected `(student_)?logits` to be a tensor, got list"),
-        (dict(logits=P.logits.long()), TypeError, r"expected `(student_)?logits` of dtype .*int64"),
-        (dict(logits=P.logits[None]), ValueError, r"expected `(student_)?logits` of 2 or 3 dims"),
-        (dict(logits=P.logits[..., :0]), ValueError, r"expected `(student_)?logits` with at least"),
-        (dict(targets=[[1, 2]]), TypeError, r"expected `targets` to be a tensor, got list"),
-        (dict(targets=P.targets.float()), TypeError, r"expected `targets` of an integer dtype"),
-        (dict(targets=P.targets > 2), TypeError, r"expected `targets` of an integer dtype"),
-        (dict(targets=P.targets[None]), ValueError, r"expected `targets` of 1 or 2 dims"),
+        ({"blank": 7}, ValueError, r"expected `blank` in \[0, 7\), got 7"),
+        ({"blank": -1}, ValueError, r"expected `blank` in \[0, 7\), got -1"),
+        ({"blank": 0.5}, TypeError, r"expected `blank` to be an integer, got float"),
+        ({"logits": [1.0]}, TypeError, r"expected `(student_)?logits` to be a tensor, got list"),
+        ({"logits": P.logits.long()}, TypeError, r"expected `(student_)?logits` of dtype .*int64"),
+        ({"logits": P.logits[None]}, ValueError, r"expected `(student_)?logits` of 2 or 3 dims"),
+        ({"logits": P.logits[..., :0]}, ValueError, r"expected `(student_)?logits` with at least"),
+        ({"targets": [[1, 2]]}, TypeError, r"expected `targets` to be a tensor, got list"),
+        ({"targets": P.targets.float()}, TypeError, r"expected `targets` of an integer dtype"),
+        ({"targets": P.targets > 2}, TypeError, r"expected `targets` of an integer dtype"),
+        ({"targets": P.targets[None]}, ValueError, r"expected `targets` of 1 or 2 dims"),
         (
-            dict(targets=P.targets[:2]),
+            {"targets": P.targets[:2]},
             ValueError,
             r"expected `targets` of 3 rows, got shape \(2, 4\)",
         ),
-        (dict(targets=P.targets[0]), ValueError, r"`targets` to hold sum\(target_lengths\) = \d+ "),
-        (dict(input_lengths=[12, 12]), ValueError, r"expected `input_lengths` of shape \(3,\)"),
-        (dict(input_lengths=12), ValueError, r"expected `input_lengths` of shape \(3,\)"),
-        (dict(input_lengths=[1.5, 2, 3]), TypeError, r"expected `input_lengths` to hold integers"),
-        (dict(input_lengths=torch.ones(3)), TypeError, r"`input_lengths` of an integer dtype"),
-        (dict(backend="no"), ValueError, r"expected `backend` in .*, got 'no'"),
+        ({"targets": P.targets[0]}, ValueError, r"`targets` to hold sum\(target_lengths\) = \d+ "),
+        ({"input_lengths": [12, 12]}, ValueError, r"expected `input_lengths` of shape \(3,\)"),
+        ({"input_lengths": 12}, ValueError, r"expected `input_lengths` of shape \(3,\)"),
+        ({"input_lengths": [1.5, 2, 3]}, TypeError, r"expected `input_lengths` to hold integers"),
+        ({"input_lengths": torch.ones(3)}, TypeError, r"`input_lengths` of an integer dtype"),
+        ({"backend": "no"}, ValueError, r"expected `backend` in .*, got 'no'"),
     ],
 )
 def test_ctc_arguments(on, op, arguments, error, message):
@@ -107,32 +109,33 @@ S, T = randn(2, 3, 5), randn(2, 3, 5, seed=1)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(temperature=0.0), ValueError, r"expected `temperature` > 0, got 0.0"),
-        (dict(temperature=-1), ValueError, r"expected `temperature` > 0, got -1.0"),
+        ({"temperature": 0.0}, ValueError, r"expected `temperature` > 0, got 0.0"),
+        ({"temperature": -1}, ValueError, r"expected `temperature` > 0, got -1.0"),
         (
-            dict(temperature=float("nan")),
+            {"temperature": float("nan")},
             ValueError,
             r"expected `temperature` to be finite, got nan",
         ),
         (
-            dict(temperature=float("inf")),
+            {"temperature": float("inf")},
             ValueError,
             r"expected `temperature` to be finite, got inf",
         ),
-        (dict(temperature="2"), TypeError, r"expected `temperature` to be a number, got str"),
-        (dict(teacher_temperature=0), ValueError, r"expected `teacher_temperature` > 0, got 0.0"),
-        (dict(divergence="kl"), ValueError, r"expected `divergence` in .*, got 'kl'"),
-        (dict(divergence="jsd", beta=0.0), ValueError, r"expected `beta` in \(0, 1\), got 0.0"),
-        (dict(divergence="jsd", beta=1), ValueError, r"expected `beta` in \(0, 1\), got 1.0"),
-        (dict(reduction="average"), ValueError, r"expected `reduction` in .*, got 'average'"),
+        ({"temperature": "2"}, TypeError, r"expected `temperature` to be a number, got str"),
+        ({"teacher_temperature": 0}, ValueError, r"expected `teacher_temperature` > 0, got 0.0"),
+        ({"divergence": "kl"}, ValueError, r"expected `divergence` in .*, got 'kl'"),
+        ({"divergence": "jsd", "beta": 0.0}, ValueError, r"expected `beta` in \(0, 1\), got 0.0"),
+        ({"divergence": "jsd", "beta": 1}, ValueError, r"expected `beta` in \(0, 1\), got 1.0"),
+        ({"reduction": "average"}, ValueError, r"expected `reduction` in .*, got 'average'"),
     ],
 )
 def test_distillation_options(on, op, options, error, message):
+    def kd_loss():
+        return on.kd_loss(S.to(on.device), T.to(on.device), **options)
+
+    run = kd_loss if op == "kd_loss" else functools.partial(call, on, op, **options)
     with pytest.raises(error, match=f"^{op}: {message}"):
-        if op == "kd_loss":
-            on.kd_loss(S.to(on.device), T.to(on.device), **options)
-        else:
-            call(on, op, **options)
+        run()
 
 
 @pytest.mark.parametrize(
@@ -156,17 +159,17 @@ def test_distillation_options(on, op, options, error, message):
             ValueError,
             r"expected `student_logits` with at least one class",
         ),
-        (S, T, dict(weight=torch.ones(3, 2)), ValueError, r"expected `weight` of shape \(2, 3\)"),
-        (S, T, dict(weight=torch.ones(2, 3).int()), TypeError, r"expected `weight` of a bool or"),
-        (S, T, dict(weight=[1.0]), TypeError, r"expected `weight` to be a tensor, got list"),
+        (S, T, {"weight": torch.ones(3, 2)}, ValueError, r"expected `weight` of shape \(2, 3\)"),
+        (S, T, {"weight": torch.ones(2, 3).int()}, TypeError, r"expected `weight` of a bool or"),
+        (S, T, {"weight": [1.0]}, TypeError, r"expected `weight` to be a tensor, got list"),
         (
             S,
             T,
-            dict(weight=torch.ones(2, 3, requires_grad=True)),
+            {"weight": torch.ones(2, 3, requires_grad=True)},
             ValueError,
             r"expected `weight` without requires_grad",
         ),
-        (S[0, 0], T[0, 0], dict(reduction="batchmean"), ValueError, r"`student_logits` of 2 dims"),
+        (S[0, 0], T[0, 0], {"reduction": "batchmean"}, ValueError, r"`student_logits` of 2 dims"),
     ],
 )
 def test_kd_loss_arguments(on, student, teacher, options, error, message):
@@ -180,15 +183,15 @@ def test_kd_loss_arguments(on, student, teacher, options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(labelled=torch.ones(3)), TypeError, r"expected `labelled` of dtype bool"),
-        (dict(labelled=torch.ones(2).bool()), ValueError, r"expected `labelled` of shape \(3,\)"),
+        ({"labelled": torch.ones(3)}, TypeError, r"expected `labelled` of dtype bool"),
+        ({"labelled": torch.ones(2).bool()}, ValueError, r"expected `labelled` of shape \(3,\)"),
         (
-            dict(frame_weight=torch.ones(3, 12)),
+            {"frame_weight": torch.ones(3, 12)},
             ValueError,
             r"expected `frame_weight` of shape \(12, 3\)",
         ),
-        (dict(kd_weight="1"), TypeError, r"expected `kd_weight` to be a number, got str"),
-        (dict(ctc_weight=float("inf")), ValueError, r"expected `ctc_weight` to be finite, got inf"),
+        ({"kd_weight": "1"}, TypeError, r"expected `kd_weight` to be a number, got str"),
+        ({"ctc_weight": float("inf")}, ValueError, r"expected `ctc_weight` to be finite, got inf"),
     ],
 )
 def test_ctc_kd_loss_options(on, options, error, message):

@@ -31,7 +31,9 @@ def cases(on, T=20, N=3, C=9, S=4, dtype=torch.float32, seed=1):
         return on.ctc_loss(x * 2, *rest)
 
     def both(x, y, *rest):
-        options = dict(labelled=labelled, frame_weight=weight) if x.shape == p.logits.shape else {}
+        options = (
+            {"labelled": labelled, "frame_weight": weight} if x.shape == p.logits.shape else {}
+        )
         loss, ctc, kd = on.ctc_kd_loss(x * 2, y, *rest, temperature=2.0, **options)
         return loss + ctc + kd
 
@@ -61,6 +63,8 @@ def test_one_graph(on, op, dtype):
     assert_same(gradients(compiled, arguments), expected, 1e-6 if dtype == torch.float32 else 2e-3)
 
 
+# torch's own warning, from the modules that inductor imports
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_inductor(on):
     arguments, functions = cases(on)
     compiled = torch.compile(functions["ctc_kd_loss"], fullgraph=True)
@@ -70,12 +74,14 @@ def test_inductor(on):
 @pytest.mark.parametrize("op", ["kd_loss", "ctc_loss", "ctc_kd_loss"])
 def test_dynamic_shapes(on, op):
     _, functions = cases(on)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(functions[op], fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(functions[op], fullgraph=True, dynamic=True, backend="aot_eager")
+    stance = "default"
     for seed, (T, N, C, S) in enumerate([(24, 4, 11, 5), (31, 2, 7, 3), (18, 5, 30, 4)]):
         arguments, _ = cases(on, T, N, C, S, seed=seed)
-        assert_same(gradients(compiled, arguments), gradients(functions[op], arguments))
-    assert counter.frame_count == 1
+        with torch.compiler.set_stance(stance):
+            result = gradients(compiled, arguments)
+        assert_same(result, gradients(functions[op], arguments))
+        stance = "fail_on_recompile"
 
 
 @pytest.mark.parametrize("layout", ["batch_first", "one", "strided"])

@@ -75,7 +75,7 @@ def check(on, p, teacher, dtype=torch.float32, teacher_dtype=None, **options):
 def test_definition(on, dtype, reduction, divergence):
     p = problem(T=25, N=4, C=15, seed=1)
     teacher = randn(25, 4, 15, seed=2, scale=2)
-    options = dict(temperature=2.0, teacher_temperature=1.5, kd_weight=0.7, beta=0.3)
+    options = {"temperature": 2.0, "teacher_temperature": 1.5, "kd_weight": 0.7, "beta": 0.3}
     check(on, p, teacher, dtype, reduction=reduction, divergence=divergence, **options)
 
 

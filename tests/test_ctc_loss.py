@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import hypothesis
@@ -21,8 +22,8 @@ from tolerances import DTYPES, assert_ctc_grad, assert_loss
 OPS = ("ctc_loss",)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# (T, N, C, S) of the regimes. The reference is a loop over frames in Python, ten times slower and float64
-# inside: long problems teach nothing about it.
+# (T, N, C, S) of the regimes. The reference is a loop over frames in Python, ten times slower and
+# float64 inside: long problems teach nothing about it.
 SIZES = {"reference": [(120, 2, 24, 20)]}
 EVERY_SIZE = [(120, 2, 24, 20), (1000, 3, 32, 150)]
 LONG = {"reference": (300, 1, 16, 130)}
@@ -95,8 +96,9 @@ def test_every_path(on, T, target, blank):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_uniform_logits(on, T, C, target, dtype):
-    """Every path has probability C^-T, and binom(T + S - r, 2S) paths give S labels with r repeats."""
-    S, r = len(target), sum(a == b for a, b in zip(target, target[1:], strict=False))
+    """Every path has probability C^-T, and binom(T + S - r, 2S) paths give S labels with r
+    repeats."""
+    S, r = len(target), sum(a == b for a, b in itertools.pairwise(target))
     expected = T * math.log(C) - math.log(math.comb(T + S - r, 2 * S))
     logits = torch.full((T, 1, C), 0.37, dtype=dtype, device=on.device)
     targets = torch.tensor([target], dtype=torch.long)

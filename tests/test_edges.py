@@ -35,7 +35,7 @@ def test_target_that_cannot_be_aligned(on, T, target, zero_infinity, dtype):
     target_lengths = p.target_lengths.clone()
     targets[1, : len(target)] = torch.tensor(target)
     lengths[1], target_lengths[1] = T, len(target)
-    options = dict(reduction="none", zero_infinity=zero_infinity)
+    options = {"reduction": "none", "zero_infinity": zero_infinity}
     loss, grad = run(on, p.logits.to(dtype), targets, lengths, target_lengths, **options)
     assert loss[1] == (0 if zero_infinity else math.inf)
     assert (grad[:, 1] == 0).all()
@@ -51,7 +51,7 @@ def test_reductions_of_an_infinite_loss(on, zero_infinity, reduction):
     lengths = p.input_lengths.clone()
     lengths[0] = 1
     rest = (p.targets, lengths, p.target_lengths)
-    options = dict(reduction=reduction, zero_infinity=zero_infinity)
+    options = {"reduction": reduction, "zero_infinity": zero_infinity}
     loss, grad = run(on, p.logits, *rest, **options)
     expected, expected_grad = ctc_oracle(p._replace(input_lengths=lengths), reduction, 0, True)
     assert loss == (expected if zero_infinity else math.inf) or zero_infinity
@@ -229,7 +229,7 @@ def test_every_weight_zero(on, dtype):
         assert (y.grad == 0).all()
 
 
-# ------------------------------------------------------------------------------------ masked classes
+# ------------------------------------------------------------------------------------------ classes
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -326,7 +326,7 @@ def test_masked_classes_in_ctc(on):
         assert (grad[:, :, 8:] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------ not finite
+# ------------------------------------------------------------------------------------------- finite
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -355,7 +355,7 @@ def test_nan_stays_in_its_row(on, poison, divergence, where):
     assert x.grad.isnan().any(-1).tolist() == [False, False, True, False]
 
 
-# --------------------------------------------------------------------------------------- half precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -246,9 +246,12 @@ def test_any_problem(on, data):
     s = randn(*shape, C, seed=seed, scale=scale).to(dtype)
     t = randn(*shape, C, seed=seed + 1, scale=scale).to(teacher_dtype)
     weight = randn(*shape, seed=seed + 2).abs() if weighted else None
-    options = dict(
-        divergence=divergence, reduction=reduction, temperature=temperature, weight=weight
-    )
+    options = {
+        "divergence": divergence,
+        "reduction": reduction,
+        "temperature": temperature,
+        "weight": weight,
+    }
     if s.numel():
         expected, grad_s, grad_t = kd_oracle(s, t, **options)
     else:

@@ -24,7 +24,13 @@ def torch_is_given_back():
 def test_kd_module(on):
     s, t = randn(4, 6, seed=1).to(on.device), randn(4, 6, seed=2).to(on.device)
     weight = torch.rand(4, generator=torch.Generator().manual_seed(1)).to(on.device)
-    options = dict(temperature=2.0, divergence="jsd", beta=0.3, reduction="sum", rescale=False)
+    options = {
+        "temperature": 2.0,
+        "divergence": "jsd",
+        "beta": 0.3,
+        "reduction": "sum",
+        "rescale": False,
+    }
     module = kd.KDLoss(**options, backend=on.backend)
     assert torch.equal(module(s, t, weight), on.kd_loss(s, t, weight=weight, **options))
     assert torch.equal(kd.KDLoss()(s, t), kd.kd_loss(s, t))
@@ -34,7 +40,7 @@ def test_kd_module(on):
 def test_ctc_module(on):
     p = problem(seed=3)
     x = p.logits.to(on.device)
-    options = dict(blank=0, reduction="sum", zero_infinity=True)
+    options = {"blank": 0, "reduction": "sum", "zero_infinity": True}
     module = kd.CTCLoss(**options, backend=on.backend)
     assert torch.equal(module(x, *p.rest), on.ctc_loss(x, *p.rest, **options))
     first = kd.CTCLoss(batch_first=True, backend=on.backend)
@@ -44,7 +50,7 @@ def test_ctc_module(on):
 def test_ctc_kd_module(on):
     p = problem(seed=4)
     x, y = p.logits.to(on.device), randn(*p.logits.shape, seed=5).to(on.device)
-    options = dict(kd_weight=0.3, ctc_weight=2.0, temperature=1.5, divergence="reverse_kl")
+    options = {"kd_weight": 0.3, "ctc_weight": 2.0, "temperature": 1.5, "divergence": "reverse_kl"}
     labelled = torch.tensor([True, True, False])
     module = kd.CTCKDLoss(**options, backend=on.backend)
     terms = module(x, y, *p.rest, labelled=labelled)
@@ -61,7 +67,7 @@ def test_modules_are_copied_and_pickled(module):
     assert not module.state_dict()
 
 
-# ------------------------------------------------------------------------------------------------ patch
+# -------------------------------------------------------------------------------------------- patch
 
 
 def torch_losses(p, device, **options):
@@ -79,7 +85,7 @@ def torch_losses(p, device, **options):
 def test_patch_gives_torch_s_numbers(on, reduction, dtype):
     p = problem(seed=6)
     p = p._replace(logits=p.logits.to(dtype))
-    options = dict(reduction=reduction, zero_infinity=True)
+    options = {"reduction": reduction, "zero_infinity": True}
     expected = torch_losses(p, "cpu", **options)
     with kd.patch(backend=on.backend):
         assert F.ctc_loss is not ORIGINAL

@@ -1,4 +1,5 @@
-"""The one table of tolerances, by dtype of the logits; expected values are float64, from rounded inputs.
+"""The one table of tolerances, by dtype of the logits; expected values are float64, from rounded
+inputs.
 
 loss        error of a loss, relative to max(1, |loss|)
 kd_loss     error of kd_loss, relative to |loss|: it may be 1e-7 and must still be right
@@ -51,7 +52,8 @@ def assert_ctc_grad(grad, expected, dtype, roundings=1):
 
 
 def assert_kd_grad(grad, expected, dtype, roundings=1, largest=None):
-    """`largest`: what the error is relative to, where the largest gradient is itself a cancellation."""
+    """`largest`: what the error is relative to, where the largest gradient is itself a
+    cancellation."""
     tolerance = TOLERANCES[dtype]
     if largest is None:
         largest = expected.abs().max().item() if expected.numel() else 0.0

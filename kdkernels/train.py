@@ -54,8 +54,8 @@ class Trained(NamedTuple):
 
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar on a terminal, silent elsewhere."""
-    columns = shutil.get_terminal_size().columns  # 80 where a terminal does not know its size
-    return tqdm(total=total, desc=what, unit=unit, disable=None, ncols=columns)
+    columns, rows = shutil.get_terminal_size()  # 80, 24 where a terminal does not know its size
+    return tqdm(total=total, desc=what, unit=unit, disable=None, ncols=columns, nrows=rows)
 
 
 def prepare(settings: Settings, cache: Path) -> data.Corpora:

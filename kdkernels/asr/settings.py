@@ -51,7 +51,7 @@ class Settings:
     ctc_weight: float = option(1.0, "weight of the CTC term, per label, in the distilled student")
     kd_weight: float = option(3.0, "weight of the distillation term, per frame")
     temperature: float = option(1.0, "temperature of the distillation term")
-    untranscribed_share: float = option(0.5, "share of untranscribed audio in a distillation step")
+    untranscribed_share: float = option(0.75, "share of untranscribed audio in a distillation step")
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     workers: int = option(2, "processes that synthesise speech and compute features")

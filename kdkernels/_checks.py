@@ -4,6 +4,7 @@
 lie on the CPU: reading them from another device would wait for it.
 """
 
+import functools
 import math
 import operator
 
@@ -163,7 +164,7 @@ def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled
         return
     padded = targets.dim() == 2
     size = targets.shape[1] if padded else targets.shape[0]
-    total, longest = _in_range(op, "target_lengths", target_lengths, size)
+    total, shortest, longest = _in_range(op, "target_lengths", target_lengths, size)
     if not padded and total != size:
         raise bad_value(op, "targets", f"to hold sum(target_lengths) = {total} labels", size)
     if not targets.is_cpu or longest == 0 or (labelled is not None and not labelled.is_cpu):
@@ -171,43 +172,36 @@ def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled
 
     if padded and longest < size:
         targets = targets[:, :longest]
-    low, high = _label_range(blank, C)
-    if labelled is None and _labels_fit(targets, low, high, blank):
-        return
-    # Something lies outside of the labels' range: padding, unless it is within its target's length.
-    if padded:
-        inside = torch.arange(longest) < target_lengths.unsqueeze(1)
+    inside = None
+    if padded and (labelled is not None or shortest < longest):
+        inside = _steps(longest) < target_lengths.unsqueeze(1)
         if labelled is not None:
             inside &= labelled.unsqueeze(1)
     elif labelled is not None:
         inside = labelled.repeat_interleave(target_lengths)
-    else:
-        inside = torch.ones_like(targets, dtype=torch.bool)
-    if not _labels_fit(torch.where(inside, targets, low), low, high, blank):
-        labels = targets[inside]
-        wrong = labels[(labels < 0) | (labels >= C) | (labels == blank)]
-        if len(wrong):  # a single class leaves no label at all
-            expected = f"in [0, {C}) and other than blank ({blank})"
-            raise bad_value(op, "targets", expected, wrong[0].item())
+    low = 1 if blank == 0 else 0
+    labels = targets if inside is None else torch.where(inside, targets, low)
+    least, most = (x.item() for x in torch.aminmax(labels))
+    if low <= least and most < C and not least <= blank <= most:
+        return
+    labels = targets.long() if inside is None else targets[inside].long()
+    wrong = labels[(labels < 0) | (labels >= C) | (labels == blank)]
+    if len(wrong):
+        expected = f"in [0, {C}) and other than blank ({blank})"
+        raise bad_value(op, "targets", expected, wrong[0].item())
 
 
-def _label_range(blank, C):
-    return (1 if blank == 0 else 0), (C - 2 if blank == C - 1 else C - 1)
-
-
-def _labels_fit(targets, low, high, blank):
-    least, most = torch.aminmax(targets)
-    if least.item() < low or most.item() > high:
-        return False
-    return blank < low or blank > high or not (targets == blank).any()
+@functools.lru_cache(maxsize=64)
+def _steps(n):
+    return torch.arange(n, device="cpu")
 
 
 def _in_range(op, name, lengths, limit):
     values = lengths.tolist()
     if not values:
-        return 0, 0
-    longest = max(values)
-    if min(values) < 0 or longest > limit:
+        return 0, 0, 0
+    shortest, longest = min(values), max(values)
+    if shortest < 0 or longest > limit:
         n, value = next((n, v) for n, v in enumerate(values) if not 0 <= v <= limit)
         raise bad_value(op, name, f"in [0, {limit}]", f"{value} (utterance {n})")
-    return sum(values), longest
+    return sum(values), shortest, longest

@@ -372,7 +372,7 @@ def test_half_precision_gives_a_float32_loss(on, dtype):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
-# ------------------------------------------------------------- values that the host does not look at
+# ---------------------------------------------------------- values that the host does not look at
 
 
 @pytest.mark.parametrize(

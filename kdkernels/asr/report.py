@@ -141,7 +141,9 @@ def markdown(r: dict) -> str:
             f"**Distillation changes the student's WER by {-r['relative_reduction']:+.0f} %** "
             f"(relative; interval {-high:+.0f} to {-low:+.0f}), with the same steps, seed and "
             f"seconds of audio in a step, and {hours['untranscribed']:.2f} h of untranscribed "
-            f"audio beside its {hours['student']:.2f} h of transcribed audio. {sooner}",
+            f"audio beside its {hours['student']:.2f} h of transcribed audio. The intervals cover "
+            "the choice of test utterances, not the chance of training: for that, try another "
+            f"--seed. {sooner}",
             "",
             f"The loss of one step takes {loss['fused']:.2f} ms with kdkernels and "
             f"{loss['torch']:.2f} ms with torch's own ops, of a step of "

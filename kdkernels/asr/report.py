@@ -138,19 +138,17 @@ def markdown(r: dict) -> str:
             "|---|--:|--:|--:|--:|--:|--:|",
             *rows,
             "",
-            f"**Distillation changes the student's WER by {-r['relative_reduction']:+.0f} %** "
-            f"(relative; interval {-high:+.0f} to {-low:+.0f}), with the same steps, seed and "
-            f"seconds of audio in a step, and {hours['untranscribed']:.2f} h of untranscribed "
-            f"audio beside its {hours['student']:.2f} h of transcribed audio. The intervals cover "
-            "the choice of test utterances, not the chance of training: for that, try another "
-            f"--seed. {sooner}",
-            "",
-            f"The loss of one step takes {loss['fused']:.2f} ms with kdkernels and "
-            f"{loss['torch']:.2f} ms with torch's own ops, of a step of "
-            f"{r['step_ms']['student_distilled']:.0f} ms; the two agree to "
-            f"{loss['difference']:.0e}.",
-            "",
-            source,
+            f"- **Distillation changes the student's WER by {-r['relative_reduction']:+.0f} %** "
+            f"(relative; interval {-high:+.0f} to {-low:+.0f}): same seed, same steps, same "
+            f"seconds of audio in a step, {hours['untranscribed']:.2f} h of untranscribed audio "
+            f"beside {hours['student']:.2f} h of transcribed audio.",
+            f"- {sooner}",
+            f"- The loss of one step takes {loss['fused']:.2f} ms with kdkernels, "
+            f"{loss['torch']:.2f} ms with torch's own ops (relative difference of the two losses: "
+            f"{loss['difference']:.0e}), the step {r['step_ms']['student_distilled']:.0f} ms.",
+            "- The intervals cover the choice of test utterances, not the chance of training: for "
+            "that, try another --seed.",
+            f"- {source}",
             "",
             "Dev WER against steps:",
             "",

@@ -36,7 +36,7 @@ struct Kernels {
       void* loss,          // [rows] for Reduction::none, else [1] (out)
       void* grad_student,  // [rows][C], dtype of the student, or null (out)
       void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
-      void* row_loss,      // [rows], workspace
+      void* row_loss,      // [rows] float64, workspace
       void* workspace, int64_t threads);
 
   // ---- ctc_loss, ctc_kd_loss, ctc_posteriors -----------------------------------------------------

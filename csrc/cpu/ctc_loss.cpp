@@ -12,7 +12,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/ctc_rows.h"
-#include "cpu/divergence.h"
+#include "cpu/divergences.h"
 #include "cpu/kernels.h"
 #include "cpu/row.h"
 
@@ -42,9 +42,8 @@ struct Problem {
   bool zero_infinity, posteriors;
   const uint8_t* labelled;
   const Float* frame_weight;
-  Divergence divergence;
-  Float student_scale, teacher_scale, beta;  // scale: 1 / temperature
-  double kd_factor;                          // temperature^2 where rescaled
+  DivergenceOptions divergence;
+  double kd_factor;  // temperature^2 where rescaled
   // d(returned loss) / d(ctc loss of n), before the division by its length, and / d(kd loss of a frame)
   double ctc_scale, kd_scale;
   bool divide_by_length;
@@ -55,17 +54,16 @@ struct Problem {
   }
 };
 
-// Rows of the calling thread in the arithmetic's type.
+// What the calling thread needs for rows.
 template <class Float>
 struct RowScratch {
-  Float *logits, *teacher, *dense, *kd, *grad_teacher, *divergence;
-  RowScratch(Arena& arena, int64_t C)
+  Float *logits, *dense, *kd;  // [C], [C], [kd_block.block()][C]
+  DivergenceBlock<Float> kd_block;
+  RowScratch(const DivergenceOptions& options, int64_t C, Arena& arena)
       : logits(arena.take<Float>(C)),
-        teacher(arena.take<Float>(C)),
         dense(arena.take<Float>(C)),
-        kd(arena.take<Float>(C)),
-        grad_teacher(arena.take<Float>(C)),
-        divergence(arena.take<Float>(2 * C)) {}
+        kd(arena.take<Float>(rows_in_block(C) * C)),
+        kd_block(options, C, arena) {}
 };
 
 template <class Float>
@@ -78,7 +76,7 @@ class Utterance {
   Utterance(Arena& arena, int64_t T, int64_t C, int64_t S) {
     const int64_t width = (S + W) / W * W;
     max_ = arena.take<double>(T);
-    log2_sum_ = arena.take<double>(T);
+    rest_ = arena.take<double>(T);
     kd_ = arena.take<double>(T);
     blank_m_ = arena.take<Float>(T);
     blank_e_ = arena.take<Int>(T);
@@ -133,43 +131,37 @@ class Utterance {
     lattice_ = {T_, S_, width, blank_m_, blank_e_, label_m_, label_e_, skip_};
   }
 
-  // Frame t of all T of the batch: statistics, divergence, dense gradient.
-  void row(int64_t t, RowScratch<Float>& scratch) {
-    const Problem<Float>& p = *problem_;
-    void *const grad = p.grad.row(t, n_), *const grad_teacher = p.grad_teacher.row(t, n_);
-    if (t >= T_) {
-      if (grad) fill_row(grad, p.grad.dtype, p.C, Float(0));
-      if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
-      return;
+  // Frames [begin, end) of the batch's T: statistics, divergence, dense gradient.
+  void rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
+    const int64_t block = problem_->teacher.data ? scratch.kd_block.block() : 1;
+    for (int64_t t = begin; t < end; t += block) {
+      const int64_t last = std::min(end, t + block);
+      if (problem_->teacher.data) kd_rows(t, last, scratch);
+      for (int64_t i = t; i < last; i++) row(i, scratch.kd + (i - t) * problem_->C, scratch);
     }
-    const Float* logits = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits);
-    Float* const dense = grad ? begin_row(grad, p.grad.dtype, scratch.dense) : nullptr;
-    ctc_row(t, logits, dense);
-    if (p.teacher.data) kd_row(t, logits, dense, grad_teacher, scratch);
-    if (!grad) return;
-    if (dense != grad) {  // to be rounded once: kept for the entries of the target's labels
-      Float* const kept = dense_ + t * (S_ + 1);
-      for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
-      kept[symbols_] = dense[p.blank];
-    }
-    finish_row(grad, p.grad.dtype, p.C, dense);
   }
 
   // After all rows: the symbols' probabilities in (m, e), and the chains' starts.
   void begin_recursion() {
     if (!runs_) return;
-    for (int64_t t = 0; t < T_; t++) runs_ = runs_ && log2_sum_[t] == log2_sum_[t];
+    for (int64_t t = 0; t < T_; t++) runs_ = runs_ && rest_[t] == rest_[t];
     if (!runs_) {
       loss_ = kNan;
       return;
     }
-    log2_1p(log2_sum_, T_);
     for (int64_t t = 0; t < T_; t++) {
+      const SoftmaxScale<Float> scale(Float(max_[t]), 1 + rest_[t]);
       Float* const m = label_m_ + t * lattice_.row() + W;
       Int* const e = label_e_ + t * lattice_.row() + W;
       for (int64_t k = S_; k < lattice_.width; k++) m[k] = Float(-kInf);
-      to_probability<Float>(m, e, lattice_.width, max_[t], log2_sum_[t]);
-      to_probability<Float>(blank_m_ + t, blank_e_ + t, 1, max_[t], log2_sum_[t]);
+      for (int64_t k = 0; k < lattice_.width; k += W) {
+        const Number<Float> p = to_probability(load<Vec<Float>>(m + k), scale);
+        store(m + k, p.m);
+        store(e + k, p.e);
+      }
+      const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
+      blank_m_[t] = blank.m[0];
+      blank_e_[t] = blank.e[0];
       m[-1] = 1;
       e[-1] = kZeroSymbol<Float>;
     }
@@ -226,7 +218,7 @@ class Utterance {
     }
     if (labelled_ && problem_->grad.data && !(std::fabs(loss_) < kInf) && scale_ != 0) {
       scale_ = loss_ == kInf ? 0.0 : kNan;
-      for (int64_t t = 0; t < T_; t++) row(t, scratch);
+      rows(0, T_, scratch);
     }
     if (loss_ == kInf && problem_->zero_infinity) loss_ = 0;
   }
@@ -242,6 +234,30 @@ class Utterance {
  private:
   int64_t middle() const { return T_ / 2; }
 
+  // One frame, the gradient of its divergence being in `kd`.
+  void row(int64_t t, const Float* kd, RowScratch<Float>& scratch) {
+    const Problem<Float>& p = *problem_;
+    void* const grad = p.grad.row(t, n_);
+    if (t >= T_) {
+      if (grad) fill_row(grad, p.grad.dtype, p.C, Float(0));
+      if (void* x = p.grad_teacher.row(t, n_)) fill_row(x, p.grad_teacher.dtype, p.C, Float(0));
+      return;
+    }
+    const Float* logits = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits);
+    Float* const dense = grad ? begin_row(grad, p.grad.dtype, scratch.dense) : nullptr;
+    ctc_row(t, logits, dense);
+    if (!grad) return;
+    if (p.teacher.data && p.weight(t, n_) != 0) {
+      for (int64_t c = 0; c < p.C; c++) dense[c] += kd[c];
+    }
+    if (dense != grad) {  // to be rounded once: kept for the entries of the target's labels
+      Float* const kept = dense_ + t * (S_ + 1);
+      for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
+      kept[symbols_] = dense[p.blank];
+    }
+    finish_row(grad, p.grad.dtype, p.C, dense);
+  }
+
   void ctc_row(int64_t t, const Float* logits, Float* dense) {
     const Problem<Float>& p = *problem_;
     const bool softmax = dense && !p.posteriors && scale_ != 0;
@@ -249,7 +265,7 @@ class Utterance {
     if (labelled_) {
       const SoftmaxRow<Float> s = softmax_row(logits, p.C, softmax ? dense : nullptr);
       max_[t] = double(s.max);
-      log2_sum_[t] = s.valid ? s.rest : kNan;
+      rest_[t] = s.valid ? s.rest : kNan;
       blank_m_[t] = logits[p.blank];
       Float* const label = label_m_ + t * lattice_.row() + W;
       for (int64_t k = 0; k < S_; k++) label[k] = logits[label_[k]];
@@ -264,26 +280,27 @@ class Utterance {
     }
   }
 
-  void kd_row(int64_t t, const Float* logits, Float* dense, void* grad_teacher,
-              RowScratch<Float>& scratch) {
+  void kd_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
+    constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
     const Problem<Float>& p = *problem_;
-    const double weight = p.weight(t, n_), factor = p.kd_factor * weight;
-    kd_[t] = 0;
-    if (weight == 0) {
-      if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
-      return;
+    end = std::min(end, T_);
+    for (int64_t t = begin; t < end; t++) {
+      const double weight = p.weight(t, n_) * p.kd_factor;
+      void* const grad_teacher = p.grad_teacher.row(t, n_);
+      kd_[t] = 0;
+      if (weight == 0) {
+        if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
+        continue;
+      }
+      scratch.kd_block.add({p.logits.row(t, n_), p.logits.dtype},
+                           {p.teacher.row(t, n_), p.teacher.dtype},
+                           {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, own},
+                           {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
     }
-    const Float* teacher = load_row(p.teacher.row(t, n_), p.teacher.dtype, p.C, scratch.teacher);
-    const DivergenceRow<Float> divergence{p.divergence, p.student_scale, p.teacher_scale,
-                                          p.beta,       p.C,             scratch.divergence};
-    Float* const kd = dense ? scratch.kd : nullptr;
-    Float* const teachers =
-        grad_teacher ? begin_row(grad_teacher, p.grad_teacher.dtype, scratch.grad_teacher) : nullptr;
-    kd_[t] = factor * divergence(logits, teacher, kd, teachers, Float(factor * p.kd_scale));
-    if (dense) {
-      for (int64_t c = 0; c < p.C; c++) dense[c] += kd[c];
+    scratch.kd_block.flush();
+    for (int64_t t = begin; t < end; t++) {
+      if (kd_[t] != 0) kd_[t] *= p.weight(t, n_) * p.kd_factor;
     }
-    if (grad_teacher) finish_row(grad_teacher, p.grad_teacher.dtype, p.C, teachers);
   }
 
   // The loss in plain float64: nothing that counts can underflow where the loss is small.
@@ -294,10 +311,11 @@ class Utterance {
     std::fill(label, label + S_ + 1, 0.0);
     blank[0] = 1;
     const Problem<Float>& p = *problem_;
+    log2_1p(rest_, T_);
     for (int64_t t = 0; t < T_; t++) {
       const Float* x = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits);
       const auto probability = [&](int64_t c) {
-        return std::exp2((double(x[c]) - max_[t]) * kLog2e - log2_sum_[t]);
+        return std::exp2((double(x[c]) - max_[t]) * kLog2e - rest_[t]);
       };
       const double p_blank = probability(p.blank);
       for (int64_t k = std::min(S_, t + 1); k >= 0; k--) {  // down: k - 1 is still of frame t - 1
@@ -381,7 +399,7 @@ class Utterance {
   Chain<Float, true> alpha_;
   Chain<Float, false> beta_;
 
-  double *max_, *log2_sum_, *kd_;  // [T]
+  double *max_, *rest_, *kd_;      // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *label_m_;      // see Lattice
   Int *blank_e_, *label_e_, *skip_;
   Float* dense_;             // [T][S + 1], dense gradient at each symbol and at blank
@@ -401,7 +419,7 @@ struct Workspace {
 
   static int64_t piece_of(int64_t T, int64_t C, int64_t S) {
     Arena arena(nullptr);
-    RowScratch<Float>(arena, C);
+    RowScratch<Float>({}, C, arena);
     Utterance<Float>(arena, T, C, S);
     return arena.used();
   }
@@ -427,13 +445,13 @@ void run_utterances(const Problem<Float>& p, const Workspace<Float>& workspace, 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena arena = workspace[omp_get_thread_num()];
-    RowScratch<Float> scratch(arena, p.C);
+    RowScratch<Float> scratch(p.divergence, p.C, arena);
     Utterance<Float> utterance(arena, p.T, p.C, p.S);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < p.N; n++) {
       utterance.begin(p, n);
       const int64_t rows = p.grad.data || p.grad_teacher.data ? p.T : utterance.frames();
-      for (int64_t t = 0; t < rows; t++) utterance.row(t, scratch);
+      utterance.rows(0, rows, scratch);
       utterance.begin_recursion();
       utterance.first_halves(true, true);
       utterance.meet();
@@ -448,19 +466,24 @@ void run_utterances(const Problem<Float>& p, const Workspace<Float>& workspace, 
 // The same for fewer utterances than threads: rows and directions in parallel.
 template <class Float>
 void run_directions(const Problem<Float>& p, const Workspace<Float>& workspace, int threads) {
+  constexpr int64_t kBlock = 16;  // frames
+  const int64_t blocks = (p.T + kBlock - 1) / kBlock;
   std::vector<Utterance<Float>> utterances;
   for (int64_t n = 0; n < p.N; n++) {
     Arena arena = workspace[n];
-    RowScratch<Float>(arena, p.C);
+    RowScratch<Float>(p.divergence, p.C, arena);
     utterances.emplace_back(arena, p.T, p.C, p.S);
     utterances.back().begin(p, n);
   }
 #pragma omp parallel num_threads(threads)
   {
     Arena arena = workspace[omp_get_thread_num()];
-    RowScratch<Float> scratch(arena, p.C);
+    RowScratch<Float> scratch(p.divergence, p.C, arena);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.T * p.N; i++) utterances[i % p.N].row(i / p.N, scratch);
+    for (int64_t i = 0; i < blocks * p.N; i++) {
+      const int64_t begin = i / p.N * kBlock;
+      utterances[i % p.N].rows(begin, std::min(p.T, begin + kBlock), scratch);
+    }
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.N; n++) utterances[n].begin_recursion();
 #pragma omp for schedule(static)
@@ -517,9 +540,7 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.zero_infinity = zero_infinity, p.posteriors = posteriors;
     p.labelled = labelled;
     p.frame_weight = static_cast<const Float*>(frame_weight);
-    p.divergence = Divergence(divergence);
-    p.student_scale = Float(1 / temperature), p.teacher_scale = Float(1 / teacher_temperature);
-    p.beta = Float(beta);
+    p.divergence = {Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta};
     p.kd_factor = rescale ? temperature * temperature : 1.0;
 
     const bool mean = Reduction(reduction) == Reduction::mean;

@@ -54,41 +54,31 @@ SoftmaxRow<Float> softmax_row(const Float* logits, int64_t C, Float* exponential
   return row;
 }
 
-// x[i] = log2(1 + x[i]) for x >= 0.
-inline void log2_1p(double* x, int64_t n) {
-  using V = VecF64;
-  using I = VecI64;
-  for_each_vector<double>(n, [&](int64_t i, int lanes) {
-    const V u = load_n(x + i, lanes, 0.0) + 1.0;
-    const I exponent = ((I)u - (I)broadcast(0.7071067811865476)) >> 52;
-    const V f = (V)((I)u - (exponent << 52)) - 1.0;
-    const V r = f / (f + 2.0), square = r * r;
-    V y = broadcast(2.0 / 27);
-#pragma GCC unroll 16
-    for (int k = 25; k >= 1; k -= 2) y = y * square + 2.0 / k;
-    store_n(x + i, __builtin_convertvector(exponent, V) + y * r * kLog2e, lanes);
-  });
-}
-
-// In place: the logit in m becomes the probability 2^((m - max) log2(e) - log2_sum) in (m, e).
-// Double keeps what float32 would lose of a large exponent.
+// exp(max) times the sum of the exponentials, so that a logit becomes a probability in (m, e).
 template <class Float>
-KDKERNELS_INLINE void to_probability(Float* m, typename Simd<Float>::Int* e, int64_t n, double max,
-                                     double log2_sum) {
-  using S = Simd<Float>;
-  constexpr double lowest = double(kZeroSymbol<Float>);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    double y = (double(m[i]) - max) * kLog2e - log2_sum;
-    y = y > lowest ? y : lowest;
-    const double whole = (y + Simd<double>::kRound) - Simd<double>::kRound;
-    const Float r = Float((y - whole) * kLn2);
-    Float p = Float(kInverseFactorial[S::kExpDegree]);
-#pragma GCC unroll 16
-    for (int k = S::kExpDegree - 1; k >= 0; k--) p = p * r + Float(kInverseFactorial[k]);
-    m[i] = p;
-    e[i] = typename S::Int(whole);
+struct SoftmaxScale {
+  Float max, inverse_m;  // sum = m * 2^e with m in [1, 2)
+  typename Simd<Float>::Int e;
+
+  explicit SoftmaxScale(Float max, double sum) : max(max) {
+    const int64_t bits = bit_cast<int64_t>(sum);
+    e = typename Simd<Float>::Int((bits >> 52) - 1023);
+    inverse_m = Float(1 / bit_cast<double>(bits - (int64_t(e) << 52)));
   }
+};
+
+// The probability of each logit, in (m, e): exp(x - max) is 2^n exp(r), with the rounding of x - max
+// carried along, and n goes to e whole.
+template <class Float>
+KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<Float>& scale) {
+  using S = Simd<Float>;
+  x = max(x, broadcast(scale.max + Float(kZeroSymbol<Float> * kLn2)));
+  const Vec<Float> d = x - scale.max, minus_max = d - x;
+  const Vec<Float> lost = (x - (d - minus_max)) - (scale.max + minus_max);
+  const Vec<Float> n = (d * Float(kLog2e) + S::kRound) - S::kRound;
+  const Vec<Float> r = ((d - n * S::kLn2Hi) - n * S::kLn2Lo) + lost;
+  return {small_exp<Float>(r) * scale.inverse_m,
+          __builtin_convertvector(n, VecInt<Float>) - scale.e};
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -5,7 +5,8 @@
 
 #include <algorithm>
 
-#include "cpu/divergence.h"
+#include "cpu/arena.h"
+#include "cpu/divergences.h"
 #include "cpu/kernels.h"
 #include "cpu/row.h"
 
@@ -47,11 +48,18 @@ class RowOffsets {
 };
 
 template <class Float>
+int64_t piece_of(int64_t C) {
+  Arena arena(nullptr);
+  DivergenceBlock<Float>({}, C, arena);
+  return arena.used();
+}
+
+template <class Float>
 void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,
              const void* student, DType student_dtype, const void* teacher, DType teacher_dtype,
              const Float* weight, double temperature, double teacher_temperature,
              Divergence divergence, double beta, Reduction reduction, bool rescale, Float* loss,
-             void* grad_student, void* grad_teacher, Float* row_loss, Float* workspace,
+             void* grad_student, void* grad_teacher, double* row_loss, char* workspace,
              int threads) {
   double scale = rescale ? temperature * temperature : 1.0;
   if (reduction == Reduction::batchmean) scale = batch > 0 ? scale / double(batch) : 0.0;
@@ -63,54 +71,53 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
     }
     scale = count != 0 ? scale / count : 0.0;
   }
+  const auto factor = [&](int64_t r) { return weight ? scale * double(weight[r]) : scale; };
   if (grad_student) advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
   if (grad_teacher) advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
 
   // Chunks of rows large enough to hide their hand-out, small enough to balance rows of weight 0.
-  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(rows / (4 * threads), 32768 / C));
-  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunk =
+      std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C));
+  const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
+  const DivergenceOptions options{divergence, 1 / temperature, 1 / teacher_temperature, beta};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
-    Float* scratch = workspace + int64_t(omp_get_thread_num()) * 6 * C;
-    const DivergenceRow<Float> divergence_row{divergence, Float(1 / temperature),
-                                              Float(1 / teacher_temperature), Float(beta), C,
-                                              scratch};
+    Arena arena(workspace + omp_get_thread_num() * piece);
+    DivergenceBlock<Float> block(options, C, arena);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks; i++) {
       const int64_t end = std::min(rows, (i + 1) * chunk);
       RowOffsets at(dims, layout, i * chunk);
       for (int64_t r = i * chunk; r < end; r++, at.next()) {
-        const double w = weight ? double(weight[r]) : 1.0;
         void* const grad_s = grad_student ? offset(grad_student, student_dtype, at[2]) : nullptr;
         void* const grad_t = grad_teacher ? offset(grad_teacher, teacher_dtype, at[3]) : nullptr;
-        if (w == 0) {
+        if (weight && weight[r] == 0) {
           if (grad_s) fill_row(grad_s, student_dtype, C, Float(0));
           if (grad_t) fill_row(grad_t, teacher_dtype, C, Float(0));
           row_loss[r] = 0;
-          continue;
+        } else {
+          block.add({offset(student, student_dtype, at[0]), student_dtype},
+                    {offset(teacher, teacher_dtype, at[1]), teacher_dtype}, {grad_s, student_dtype},
+                    {grad_t, teacher_dtype}, factor(r), row_loss + r);
         }
-        const Float* s =
-            load_row(offset(student, student_dtype, at[0]), student_dtype, C, scratch + 2 * C);
-        const Float* t =
-            load_row(offset(teacher, teacher_dtype, at[1]), teacher_dtype, C, scratch + 3 * C);
-        Float* const row_s = grad_s ? begin_row(grad_s, student_dtype, scratch + 4 * C) : nullptr;
-        Float* const row_t = grad_t ? begin_row(grad_t, teacher_dtype, scratch + 5 * C) : nullptr;
-        row_loss[r] = Float(scale * w * divergence_row(s, t, row_s, row_t, Float(scale * w)));
-        if (grad_s) finish_row(grad_s, student_dtype, C, row_s);
-        if (grad_t) finish_row(grad_t, teacher_dtype, C, row_t);
       }
+      block.flush();
     }
   }
-  if (reduction != Reduction::none) {
-    double sum = 0;
-    for (int64_t r = 0; r < rows; r++) sum += double(row_loss[r]);
-    *loss = Float(sum);
+  double sum = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const double value = row_loss[r] == 0 ? 0.0 : factor(r) * row_loss[r];
+    if (reduction == Reduction::none) loss[r] = Float(value);
+    sum += value;
   }
+  if (reduction != Reduction::none) *loss = Float(sum);
 }
 
 }  // namespace
 
-int64_t kd_loss_workspace(int64_t C, int64_t threads) { return threads * 6 * C * 8; }
+int64_t kd_loss_workspace(int64_t C, int64_t threads) {
+  return threads * std::max(piece_of<float>(C), piece_of<double>(C));
+}
 
 void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,
                      const void* student, int64_t student_dtype, const void* teacher,
@@ -124,7 +131,7 @@ void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const
                    DType(teacher_dtype), static_cast<const Float*>(weight), temperature,
                    teacher_temperature, Divergence(divergence), beta, Reduction(reduction),
                    rescale != 0, static_cast<Float*>(loss), grad_student, grad_teacher,
-                   static_cast<Float*>(row_loss), static_cast<Float*>(workspace), int(threads));
+                   static_cast<double*>(row_loss), static_cast<char*>(workspace), int(threads));
   };
   if (DType(student_dtype) == DType::float64 || DType(teacher_dtype) == DType::float64) {
     run(double());

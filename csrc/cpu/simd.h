@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -26,6 +27,8 @@ typedef float VecF32 __attribute__((vector_size(kVectorBytes)));
 typedef double VecF64 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
 
 // What differs between the two arithmetics.
 template <class Float>
@@ -36,13 +39,16 @@ struct Simd<float> {
   using Vec = VecF32;
   using Int = int32_t;
   using VecInt = VecI32;
+  using VecUnsigned = VecU32;
   static constexpr int kMantissaBits = 23;
   static constexpr Int kBias = 127;
   static constexpr float kMinExp = -87.0f;  // exp below this is taken as 0
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-  static constexpr int kExpDegree = 7;     // Taylor on |x| <= ln(2)/2, error 5e-9
-  static constexpr int kExpm1Degree = 10;  // Taylor on |x| <= 1/2, error 1e-9
+  // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2; least-maximum fit, error of exp 3e-9.
+  static constexpr double kExp[] = {0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146};
+  // (exp(x) - 1 - x) / x^2 on |x| <= 1/4, Taylor; error 4e-9.
+  static constexpr double kExpm1[] = {1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040};
 };
 
 template <>
@@ -50,14 +56,19 @@ struct Simd<double> {
   using Vec = VecF64;
   using Int = int64_t;
   using VecInt = VecI64;
+  using VecUnsigned = VecU64;
   static constexpr int kMantissaBits = 52;
   static constexpr Int kBias = 1023;
   static constexpr double kMinExp = -708.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93147180369123816490e-01;
   static constexpr double kLn2Lo = 1.90821492927058770002e-10;
-  static constexpr int kExpDegree = 13;
-  static constexpr int kExpm1Degree = 18;
+  static constexpr double kExp[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                    1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                    1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  static constexpr double kExpm1[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                      1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                      1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
 template <class Float>
@@ -69,26 +80,6 @@ constexpr int kLanes = kVectorBytes / int(sizeof(Float));
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr double kInverseFactorial[] = {1.0,
-                                        1.0,
-                                        1.0 / 2,
-                                        1.0 / 6,
-                                        1.0 / 24,
-                                        1.0 / 120,
-                                        1.0 / 720,
-                                        1.0 / 5040,
-                                        1.0 / 40320,
-                                        1.0 / 362880,
-                                        1.0 / 3628800,
-                                        1.0 / 39916800,
-                                        1.0 / 479001600,
-                                        1.0 / 6227020800,
-                                        1.0 / 87178291200,
-                                        1.0 / 1307674368000,
-                                        1.0 / 20922789888000,
-                                        1.0 / 355687428096000,
-                                        1.0 / 6402373705728000};
-
 template <class Float>
 KDKERNELS_INLINE Vec<Float> broadcast(Float x) {
   return Vec<Float>{} + x;
@@ -185,51 +176,54 @@ KDKERNELS_INLINE Vec<Float> abs(Vec<Float> x) {
   return x < 0 ? -x : x;
 }
 
-// Halve the vector by a fixed tree, so that a reduction has one order whatever the compiler does.
-#define KDKERNELS_REDUCE(name, operation)                          \
-  template <class V>                                               \
-  KDKERNELS_INLINE auto name(V v) {                                \
-    constexpr int n = int(sizeof(V) / sizeof(v[0]));               \
-    auto lanes = v;                                                \
-    for (int width = n / 2; width > 0; width /= 2) {               \
-      for (int i = 0; i < width; i++) {                            \
-        const auto a = lanes[i], b = lanes[i + width];             \
-        lanes[i] = operation;                                      \
-      }                                                            \
-    }                                                              \
-    return lanes[0];                                               \
+// The even (kOdd: odd) lanes of `a`, then those of `b`.
+template <bool kOdd, class V>
+KDKERNELS_INLINE V every_other(V a, V b) {
+  constexpr int n = int(sizeof(V) / sizeof(a[0])), o = kOdd ? 1 : 0;
+  if constexpr (n == 16) {
+    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6, o + 8, o + 10, o + 12, o + 14,
+                                   o + 16, o + 18, o + 20, o + 22, o + 24, o + 26, o + 28, o + 30);
+  } else if constexpr (n == 8) {
+    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6, o + 8, o + 10, o + 12, o + 14);
+  } else if constexpr (n == 4) {
+    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6);
+  } else {
+    return __builtin_shufflevector(a, b, o, o + 2);
   }
-KDKERNELS_REDUCE(reduce_add_generic, a + b)
-KDKERNELS_REDUCE(reduce_max_generic, (a > b ? a : b))
-KDKERNELS_REDUCE(reduce_min_generic, (a < b ? a : b))
-#undef KDKERNELS_REDUCE
+}
+
+// One number for each of n <= lanes vectors, lane r of the result for v[r]: neighbouring lanes are
+// joined until one is left. Every vector goes through the same tree, so that its result depends
+// neither on its place nor on the vectors beside it.
+template <class V, class Operation>
+KDKERNELS_INLINE V reduce_rows(const V* v, int n, Operation operation) {
+  constexpr int lanes = int(sizeof(V) / sizeof(v[0][0]));
+  V x[lanes];
+  for (int i = 0; i < n; i++) x[i] = v[i];
+#pragma GCC unroll 4
+  for (int level = lanes; level > 1; level /= 2) {
+    const int pairs = (n + 1) / 2;
+    for (int i = 0; i < pairs; i++) {
+      const V a = x[2 * i], b = x[2 * i + 1 < n ? 2 * i + 1 : 2 * i];
+      x[i] = operation(every_other<false>(a, b), every_other<true>(a, b));
+    }
+    n = pairs;
+  }
+  return x[0];
+}
 
 template <class V>
 KDKERNELS_INLINE auto reduce_add(V v) {
-  return reduce_add_generic(v);
+  return reduce_rows(&v, 1, [](V a, V b) { return a + b; })[0];
 }
 template <class V>
 KDKERNELS_INLINE auto reduce_max(V v) {
-  return reduce_max_generic(v);
+  return reduce_rows(&v, 1, [](V a, V b) { return max(a, b); })[0];
 }
 template <class V>
 KDKERNELS_INLINE auto reduce_min(V v) {
-  return reduce_min_generic(v);
+  return reduce_rows(&v, 1, [](V a, V b) { return min(a, b); })[0];
 }
-#if defined(__AVX512F__)
-template <>
-KDKERNELS_INLINE auto reduce_add(VecF32 v) {
-  return _mm512_reduce_add_ps((__m512)v);
-}
-template <>
-KDKERNELS_INLINE auto reduce_max(VecF32 v) {
-  return _mm512_reduce_max_ps((__m512)v);
-}
-template <>
-KDKERNELS_INLINE auto reduce_min(VecF32 v) {
-  return _mm512_reduce_min_ps((__m512)v);
-}
-#endif
 
 template <class V>
 KDKERNELS_INLINE bool any(V mask) {
@@ -251,36 +245,46 @@ KDKERNELS_INLINE Vec<Float> power_of_two(VecInt<Float> n) {
   return (Vec<Float>)(biased << S::kMantissaBits);
 }
 
-template <class Float>
-KDKERNELS_INLINE Vec<Float> taylor_exp(Vec<Float> r) {
-  constexpr int degree = Simd<Float>::kExpDegree;
-  Vec<Float> y = broadcast(Float(kInverseFactorial[degree]));
-#pragma GCC unroll 16
-  for (int i = degree - 1; i >= 0; i--) y = y * r + Float(kInverseFactorial[i]);
-  return y;
+// k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than the
+// few operations it adds. V is a vector or a single number.
+template <class Float, int kFirst = 0, class V, int n>
+KDKERNELS_INLINE V polynomial(V x, const double (&k)[n]) {
+  V terms[n - kFirst];
+  for (int i = 0; i < n - kFirst; i++) terms[i] = V{} + Float(k[kFirst + i]);
+#pragma GCC unroll 4
+  for (int count = n - kFirst; count > 1; count = (count + 1) / 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; i++) terms[i] = terms[2 * i + 1] * x + terms[2 * i];
+    if (count % 2) terms[count / 2] = terms[count - 1];
+    x = x * x;
+  }
+  return terms[0];
 }
 
-// e^x for x <= 0 (and a little above), relative error 1e-7 (float); exactly 1 at 0, 0 below kMinExp.
+// e^r for |r| <= ln(2)/2; V is a vector or a single number.
+template <class Float, class V>
+KDKERNELS_INLINE V small_exp(V r) {
+  return polynomial<Float>(r, Simd<Float>::kExp) * (r * r) + (r + Float(1));
+}
+
+// e^(x scale) for x <= 0 (and a little above), relative error 1e-7 (float); exactly 1 at 0, 0 where
+// it would be below e^kMinExp.
 template <class Float>
-KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x) {
+KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
   using S = Simd<Float>;
-  const Vec<Float> shifted = x * Float(kLog2e) + S::kRound;
+  using U = typename S::VecUnsigned;  // its overflow is defined, in lanes that are not taken
+  const Vec<Float> scaled = x * scale;
+  const Vec<Float> shifted = x * Float(scale * kLog2e) + S::kRound;
   const Vec<Float> n = shifted - S::kRound;
-  const Vec<Float> r = (x - n * S::kLn2Hi) - n * S::kLn2Lo;
-  const Vec<Float> y = taylor_exp<Float>(r);
-  const VecInt<Float> scaled = (VecInt<Float>)y + ((VecInt<Float>)shifted << S::kMantissaBits);
-  return x >= S::kMinExp ? (Vec<Float>)scaled : Vec<Float>{};
+  const Vec<Float> r = (scaled - n * S::kLn2Hi) - n * S::kLn2Lo;
+  const U y = (U)small_exp<Float>(r) + ((U)shifted << S::kMantissaBits);
+  return scaled >= S::kMinExp ? (Vec<Float>)y : Vec<Float>{};
 }
 
-// expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/2: never negative, relative error 1e-7 (float).
+// expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4: never negative, relative error 1e-7 (float).
 template <class Float>
 KDKERNELS_INLINE Vec<Float> expm1_plus(Vec<Float> x) {
-  constexpr int degree = Simd<Float>::kExpm1Degree;
-  const Vec<Float> minus_x = -x;
-  Vec<Float> y = broadcast(Float(kInverseFactorial[degree]));
-#pragma GCC unroll 20
-  for (int i = degree - 1; i >= 2; i--) y = y * minus_x + Float(kInverseFactorial[i]);
-  return x * x * y;
+  return x * x * polynomial<Float>(-x, Simd<Float>::kExpm1);
 }
 
 // Lane i takes lane i - 1 of `v`; lane 0 takes the last lane of `before`.
@@ -335,6 +339,34 @@ KDKERNELS_INLINE void store_n(Float* p, Vec<Float> v, int n) {
   } else {
     store_partial(p, v, n);
   }
+}
+
+// 2 artanh(r) / r for |r| < 0.18, relative error 1e-17.
+KDKERNELS_INLINE VecF64 artanh_ratio(VecF64 r) {
+  const VecF64 square = r * r;
+  VecF64 y = broadcast(2.0 / 27);
+#pragma GCC unroll 16
+  for (int k = 25; k >= 1; k -= 2) y = y * square + 2.0 / k;
+  return y;
+}
+
+// x[i] = log2(1 + x[i]) for x >= 0, absolute error 1e-16.
+inline void log2_1p(double* x, int64_t n) {
+  for_each_vector<double>(n, [&](int64_t i, int lanes) {
+    const VecF64 u = load_n(x + i, lanes, 0.0) + 1.0;
+    const VecI64 exponent = ((VecI64)u - (VecI64)broadcast(0.7071067811865476)) >> 52;
+    const VecF64 f = (VecF64)((VecI64)u - (exponent << 52)) - 1.0;
+    const VecF64 r = f / (f + 2.0);
+    store_n(x + i, __builtin_convertvector(exponent, VecF64) + artanh_ratio(r) * r * kLog2e, lanes);
+  });
+}
+
+// x[i] = log(1 + x[i]) for |x| < 0.3, relative error 1e-16.
+inline void log_1p_near_zero(double* x, int64_t n) {
+  for_each_vector<double>(n, [&](int64_t i, int lanes) {
+    const VecF64 f = load_n(x + i, lanes, 0.0), r = f / (f + 2.0);
+    store_n(x + i, artanh_ratio(r) * r, lanes);
+  });
 }
 
 }  // namespace KDKERNELS_TARGET

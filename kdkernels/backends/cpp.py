@@ -92,8 +92,8 @@ def kd_loss_forward(
             teacher_logits if grad_teacher is None else grad_teacher,
         ]
     )
-    row_loss = torch.empty(shape, dtype=dtype)
-    loss = row_loss if reduction == "none" else torch.empty((), dtype=dtype)
+    row_loss = torch.empty(rows, dtype=torch.float64)
+    loss = torch.empty(shape if reduction == "none" else (), dtype=dtype)
     threads = torch.get_num_threads()
     workspace = _workspace(_kernels.kd_loss_workspace(C, threads))
     _kernels.kd_loss_forward(

@@ -1,0 +1,174 @@
+// Blocks of rows of logits of any dtype to their divergences and gradients: loads, the choice of the
+// way (kl_rows.h or divergence.h), stores.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/arena.h"
+#include "cpu/divergence.h"
+#include "cpu/kl_rows.h"
+#include "cpu/row.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+// One pair of rows in the arithmetic's type.
+template <class Float>
+struct DivergenceRow {
+  const Float *student, *teacher;      // [C] logits
+  Float *grad_student, *grad_teacher;  // [C] (out), or null
+  double factor;                       // of the gradients
+  double value;                        // (out) the divergence
+};
+
+struct DivergenceOptions {
+  Divergence divergence;
+  double student_scale, teacher_scale;  // 1 / temperature
+  double beta;
+};
+
+template <class Float>
+class Divergences {
+ public:
+  Divergences(const DivergenceOptions& options, int64_t C, Arena& arena)
+      : options_(options), C_(C) {
+    fast_ = sizeof(Float) == 4 && options.divergence == Divergence::forward_kl;
+    scratch_ = arena.take<float>(2 * rows_in_block(C) * C);
+    for (double*& row : wide_) row = arena.take<double>(C);
+  }
+
+  // Rows to hand over at once, at most.
+  int block() const { return fast_ ? rows_in_block(C_) : 1; }
+
+  void operator()(DivergenceRow<Float>* rows, int n) const {
+    if constexpr (sizeof(Float) == 4) {
+      if (fast_) {
+        fast(rows, n);
+        // The teacher's gradient has logarithms in it.
+        for (int i = 0; i < n; i++) {
+          DivergenceRow<Float> row = rows[i];
+          row.grad_student = nullptr;
+          if (row.grad_teacher) wide(row);
+        }
+        return;
+      }
+    }
+    for (int i = 0; i < n; i++) wide(rows[i]);
+  }
+
+ private:
+  void fast(DivergenceRow<float>* rows, int n) const {
+    const KLScales scale{float(options_.teacher_scale), float(options_.student_scale)};
+    KLRow kl[kMaxRows];
+    for (int i = 0; i < n; i++) {
+      kl[i] = {rows[i].teacher, rows[i].student, rows[i].grad_student,
+               float(rows[i].factor * options_.student_scale), 0, C_*n, C_*n};
+    }
+    if (options_.student_scale == options_.teacher_scale) {
+      kl_rows<true>(kl, n, C_, scale, scratch_);
+    } else {
+      kl_rows<false>(kl, n, C_, scale, scratch_);
+    }
+    for (int i = 0; i < n; i++) rows[i].value = kl[i].kl;
+  }
+
+  void wide(DivergenceRow<Float>& row) const {
+    const auto input = [&](const Float* x, double* scratch) {
+      if constexpr (sizeof(Float) == 8) return x;
+      std::copy(x, x + C_, scratch);
+      return static_cast<const double*>(scratch);
+    };
+    const auto output = [&](Float* x, double* scratch) -> double* {
+      if constexpr (sizeof(Float) == 8) return x;
+      return x ? scratch : nullptr;
+    };
+    const double *const student = input(row.student, wide_[0]),
+                 *const teacher = input(row.teacher, wide_[1]);
+    double *const grad_student = output(row.grad_student, wide_[2]),
+           *const grad_teacher = output(row.grad_teacher, wide_[3]);
+    RowPair pair{teacher, student, options_.teacher_scale, options_.student_scale,
+                 C_,      wide_[4], wide_[5]};
+    RowGradients grad{grad_teacher, grad_student, row.factor * options_.teacher_scale,
+                      row.factor * options_.student_scale};
+    if (options_.divergence == Divergence::reverse_kl) {
+      std::swap(pair.p_logits, pair.q_logits);
+      std::swap(pair.p_scale, pair.q_scale);
+      std::swap(grad.p, grad.q);
+      std::swap(grad.p_factor, grad.q_factor);
+    }
+    row.value = divergence_row(options_.divergence, options_.beta, pair, grad);
+    if constexpr (sizeof(Float) == 4) {
+      if (grad_student) std::copy(grad_student, grad_student + C_, row.grad_student);
+      if (grad_teacher) std::copy(grad_teacher, grad_teacher + C_, row.grad_teacher);
+    }
+  }
+
+  DivergenceOptions options_;
+  int64_t C_;
+  bool fast_;
+  float* scratch_;
+  double* wide_[6];
+};
+
+template <class Void>
+struct TypedRow {
+  Void* data;
+  DType dtype;
+};
+
+// Rows of any dtype on their way to Divergences and back.
+template <class Float>
+class DivergenceBlock {
+ public:
+  DivergenceBlock(const DivergenceOptions& options, int64_t C, Arena& arena)
+      : divergences_(options, C, arena), C_(C) {
+    for (Float*& rows : rows_) rows = arena.take<Float>(rows_in_block(C) * C);
+  }
+
+  int block() const { return divergences_.block(); }
+
+  // A pair of rows; a gradient that is null is not made. `value` gets the divergence in flush().
+  void add(TypedRow<const void> student, TypedRow<const void> teacher, TypedRow<void> grad_student,
+           TypedRow<void> grad_teacher, double factor, double* value) {
+    const int64_t at = count_ * C_;
+    entries_[count_] = {grad_student, grad_teacher, value};
+    DivergenceRow<Float>& row = pairs_[count_++];
+    row.student = load_row(student.data, student.dtype, C_, rows_[0] + at);
+    row.teacher = load_row(teacher.data, teacher.dtype, C_, rows_[1] + at);
+    row.grad_student =
+        grad_student.data ? begin_row(grad_student.data, grad_student.dtype, rows_[2] + at) : nullptr;
+    row.grad_teacher =
+        grad_teacher.data ? begin_row(grad_teacher.data, grad_teacher.dtype, rows_[3] + at) : nullptr;
+    row.factor = factor;
+    if (count_ == divergences_.block()) flush();
+  }
+
+  void flush() {
+    divergences_(pairs_, count_);
+    for (int i = 0; i < count_; i++) {
+      const Entry& e = entries_[i];
+      *e.value = pairs_[i].value;
+      finish_row(e.grad_student.data, e.grad_student.dtype, C_, pairs_[i].grad_student);
+      finish_row(e.grad_teacher.data, e.grad_teacher.dtype, C_, pairs_[i].grad_teacher);
+    }
+    count_ = 0;
+  }
+
+ private:
+  struct Entry {
+    TypedRow<void> grad_student, grad_teacher;
+    double* value;
+  };
+
+  Divergences<Float> divergences_;
+  int64_t C_;
+  Float* rows_[4];
+  int count_ = 0;
+  DivergenceRow<Float> pairs_[kMaxRows];
+  Entry entries_[kMaxRows];
+};
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

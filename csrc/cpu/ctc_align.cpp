@@ -49,7 +49,8 @@ struct Viterbi {
     blank[0][0] = 0;
     for (int64_t t = 0; t < T; t++) {
       const Float* const x = row(t, logits);
-      const SoftmaxRow<Float> s = softmax_row<Float>(x, C, nullptr);
+      SoftmaxRow<Float> s{x, nullptr, false, 0, 0};
+      softmax_rows(&s, 1, C, 0);
       if (!s.valid) return std::numeric_limits<double>::quiet_NaN();
       const double log_sum = double(s.max) + std::log1p(s.rest);
       const double *const b = blank[t & 1], *const l = label[t & 1];

@@ -77,14 +77,15 @@ struct Lattice {
   int64_t row() const { return width + kLanes<Float>; }
 };
 
-// One row of pairs: four arrays of `width` elements with a vector of margin on both sides.
+// One row of pairs: four arrays of `width` elements, a vector of margin before each and after the
+// last. A chain writes zeros beyond its front only, so that neighbouring arrays may share a margin.
 template <class Float>
 struct PairRow {
   using Int = typename Simd<Float>::Int;
   Float* base;
-  int64_t stride;  // width + 2 W
-  static int64_t elements(int64_t width) { return 4 * (width + 2 * kLanes<Float>); }
-  PairRow(Float* base, int64_t width) : base(base), stride(width + 2 * kLanes<Float>) {}
+  int64_t stride;  // width + W
+  static int64_t elements(int64_t width) { return 4 * (width + kLanes<Float>) + kLanes<Float>; }
+  PairRow(Float* base, int64_t width) : base(base), stride(width + kLanes<Float>) {}
 
   Number<Float> blank(int64_t j) const { return get(0, j); }
   Number<Float> label(int64_t j) const { return get(2, j); }
@@ -141,7 +142,8 @@ class Chain {
     // Before the first step all mass is in the blank at the chain's own end.
     const int64_t pair = kForward ? 0 : lattice->S, j = pair / W;
     PairRow<Float> row = slot(0);
-    for (int64_t i = j - 1; i <= j + 1; i++) row.set_zero(i);
+    row.set_zero(j);
+    row.set_zero(kForward ? j + 1 : j - 1);
     Number<Float> start = zero_number<Float>();
     start.m[pair % W] = 1;
     start.e[pair % W] = 0;

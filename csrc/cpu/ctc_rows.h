@@ -16,42 +16,62 @@ namespace KDKERNELS_TARGET {
 
 template <class Float>
 struct SoftmaxRow {
-  bool valid;   // no NaN, no +inf, at least one class left
-  Float max;
-  double rest;  // sum of exp(x - max), less 1: small where one class has all, so kept apart
+  const Float* logits;  // [C]
+  Float* exponentials;  // [C] (out) exp(x - max), or null
+  bool valid;           // (out) no NaN, no +inf, at least one class left
+  Float max;            // (out)
+  double rest;          // (out) sum of exp(x - max), less 1: kept apart, small in a certain row
 };
 
-// Statistics of the row; with `exponentials` also exp(x - max) of each class.
+// n <= lanes rows of logits. `ahead`: elements from a row to the one that takes its place in the
+// next call, to be fetched meanwhile.
 template <class Float>
-SoftmaxRow<Float> softmax_row(const Float* logits, int64_t C, Float* exponentials) {
+void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   using V = Vec<Float>;
+  constexpr int W = kLanes<Float>;
   constexpr Float kInf = std::numeric_limits<Float>::infinity();
-  V largest = broadcast(-kInf);
-  VecInt<Float> nan{};
-  for_each_vector<Float>(C, [&](int64_t c, int n) {
-    const V x = load_n(logits + c, n, -kInf);
-    nan |= x != x;
-    largest = max(largest, x);
-  });
-  SoftmaxRow<Float> row{};
-  row.max = reduce_max(largest);
-  row.valid = !any(nan) && std::fabs(row.max) < kInf;
-  if (!row.valid) return row;
-  // Classes that share the maximum are counted, so that the others' sum is not rounded to them.
-  row.rest = -1;
-  constexpr int64_t block = 32 * kLanes<Float>;
-  for (int64_t begin = 0; begin < C; begin += block) {
-    V sum{}, count{};
-    for_each_vector<Float>(std::min(block, C - begin), [&](int64_t i, int n) {
-      const V x = load_n(logits + begin + i, n, -kInf) - row.max;
-      const V e = exp<Float>(x);
-      count += x == 0 ? broadcast(Float(1)) : V{};
-      sum += x == 0 ? V{} : e;
-      if (exponentials) store_n(exponentials + begin + i, e, n);
+  V largest[W];
+  for (int r = 0; r < n; r++) {
+    V high = broadcast(-kInf);
+    VecInt<Float> nan{};
+    for_each_vector<Float>(C, [&](int64_t c, int lanes) {
+      const V x = load_n(rows[r].logits + c, lanes, -kInf);
+      nan |= x != x;
+      high = max(high, x);
     });
-    row.rest += double(reduce_add(count)) + double(reduce_add(sum));
+    largest[r] = high;
+    rows[r].valid = !any(nan);
   }
-  return row;
+  const V maxima = reduce_rows(largest, n, [](V a, V b) { return max(a, b); });
+  double sums[W];
+  for (int r = 0; r < n; r++) {
+    SoftmaxRow<Float>& row = rows[r];
+    row.max = maxima[r];
+    row.valid = row.valid && std::fabs(row.max) < kInf;
+    if (!row.valid) row.max = 0;
+    sums[r] = -1;
+  }
+  constexpr int64_t block = 32 * W;  // summed in Float before the sum goes on in double
+  for (int64_t begin = 0; begin < C; begin += block) {
+    // Classes that share the maximum are counted, so that the others' sum is not rounded to them.
+    V rest[W], ones[W];
+    for (int r = 0; r < n; r++) {
+      const SoftmaxRow<Float>& row = rows[r];
+      V sum{}, count{};
+      for_each_vector<Float>(std::min(block, C - begin), [&](int64_t i, int lanes) {
+        const V x = load_n(row.logits + begin + i, lanes, -kInf) - row.max;
+        __builtin_prefetch(row.logits + begin + i + ahead);
+        const V e = exp<Float>(x);
+        sum = x == 0 ? sum : sum + e;
+        count = x == 0 ? count + Float(1) : count;
+        if (row.exponentials) store_n(row.exponentials + begin + i, e, lanes);
+      });
+      rest[r] = sum, ones[r] = count;
+    }
+    add_rows(rest, n, sums);
+    add_rows(ones, n, sums);
+  }
+  for (int r = 0; r < n; r++) rows[r].rest = sums[r];
 }
 
 // exp(max) times the sum of the exponentials, so that a logit becomes a probability in (m, e).

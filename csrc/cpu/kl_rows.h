@@ -44,12 +44,6 @@ inline int rows_in_block(int64_t C) {
 // Classes summed in float before the sum goes on in double: the rounding error does not grow with C.
 constexpr int64_t kSumBlock = 32 * kLanes<float>;
 
-// Adds the lanes of each row's vector to `sums`.
-KDKERNELS_INLINE void add_rows(const VecF32* lanes, int n, double* sums) {
-  const VecF32 row_sums = reduce_rows(lanes, n, [](VecF32 a, VecF32 b) { return a + b; });
-  for (int r = 0; r < n; r++) sums[r] += double(row_sums[r]);
-}
-
 // d0, in units of the logits where there is one temperature.
 template <bool kSameTemperature>
 KDKERNELS_INLINE VecF32 logit_difference(VecF32 p, VecF32 q, KLScales scale) {

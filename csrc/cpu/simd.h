@@ -225,6 +225,46 @@ KDKERNELS_INLINE auto reduce_min(V v) {
   return reduce_rows(&v, 1, [](V a, V b) { return min(a, b); })[0];
 }
 
+// Adds the lanes of each of n vectors to its sum.
+template <class V>
+KDKERNELS_INLINE void add_rows(const V* lanes, int n, double* sums) {
+  const V row_sums = reduce_rows(lanes, n, [](V a, V b) { return a + b; });
+  for (int r = 0; r < n; r++) sums[r] += double(row_sums[r]);
+}
+
+// The first (kLast: the last) halves of `a` and `b`, a lane of the one after a lane of the other.
+template <bool kLast, class V>
+KDKERNELS_INLINE V interleave(V a, V b) {
+  constexpr int n = int(sizeof(V) / sizeof(a[0])), s = kLast ? n / 2 : 0;
+  if constexpr (n == 16) {
+    return __builtin_shufflevector(a, b, s, s + 16, s + 1, s + 17, s + 2, s + 18, s + 3, s + 19,
+                                   s + 4, s + 20, s + 5, s + 21, s + 6, s + 22, s + 7, s + 23);
+  } else if constexpr (n == 8) {
+    return __builtin_shufflevector(a, b, s, s + 8, s + 1, s + 9, s + 2, s + 10, s + 3, s + 11);
+  } else if constexpr (n == 4) {
+    return __builtin_shufflevector(a, b, s, s + 4, s + 1, s + 5);
+  } else {
+    return __builtin_shufflevector(a, b, s, s + 2);
+  }
+}
+
+// Lane j of vector i becomes lane i of vector j.
+template <class V>
+KDKERNELS_INLINE void transpose(V* x) {
+  constexpr int n = int(sizeof(V) / sizeof(x[0][0]));
+#pragma GCC unroll 4
+  for (int level = n; level > 1; level /= 2) {
+    V y[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; i++) {
+      y[2 * i] = interleave<false>(x[i], x[i + n / 2]);
+      y[2 * i + 1] = interleave<true>(x[i], x[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) x[i] = y[i];
+  }
+}
+
 template <class V>
 KDKERNELS_INLINE bool any(V mask) {
 #if defined(__AVX512F__)

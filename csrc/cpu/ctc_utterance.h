@@ -1,0 +1,440 @@
+// One utterance on its way through ctc_loss: its rows (softmax, the divergence from the teacher's, the
+// dense gradient while the row is in the cache), the recursion, and the occupancies subtracted at
+// the target's labels.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/arena.h"
+#include "cpu/ctc_occupancy.h"
+#include "cpu/ctc_recursion.h"
+#include "cpu/ctc_rows.h"
+#include "cpu/divergences.h"
+#include "cpu/row.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
+
+// A [T][N][C] tensor.
+struct Frames {
+  void* data;
+  DType dtype;
+  int64_t stride_t, stride_n;
+  void* row(int64_t t, int64_t n) const {
+    return data ? offset(data, dtype, t * stride_t + n * stride_n) : nullptr;
+  }
+};
+
+template <class Float>
+struct Problem {
+  int64_t T, N, C, S;
+  Frames logits, teacher, grad, grad_teacher;
+  const int64_t *targets, *target_offsets, *input_lengths, *target_lengths;
+  int64_t blank;
+  bool zero_infinity, posteriors;
+  const uint8_t* labelled;
+  const Float* frame_weight;
+  DivergenceOptions divergence;
+  double kd_factor;  // temperature^2 where rescaled
+  // d(returned loss) / d(ctc loss of n), before the division by its length, and / d(kd loss of a frame)
+  double ctc_scale, kd_scale;
+  bool divide_by_length;
+
+  bool is_labelled(int64_t n) const { return !labelled || labelled[n]; }
+  double weight(int64_t t, int64_t n) const {
+    return frame_weight ? double(frame_weight[t * N + n]) : 1.0;
+  }
+};
+
+// What the calling thread needs for rows.
+template <class Float>
+struct RowScratch {
+  Float *logits, *dense, *kd;  // [rows_in_block(C)][C]
+  DivergenceBlock<Float> kd_block;
+  RowScratch(const DivergenceOptions& options, int64_t C, Arena& arena)
+      : logits(arena.take<Float>(rows_in_block(C) * C)),
+        dense(arena.take<Float>(rows_in_block(C) * C)),
+        kd(arena.take<Float>(rows_in_block(C) * C)),
+        kd_block(options, C, arena) {}
+};
+
+template <class Float>
+class Utterance {
+ public:
+  using Int = typename Simd<Float>::Int;
+  static constexpr int W = kLanes<Float>;
+
+  // With the memory for any utterance of up to T frames and S labels.
+  Utterance(Arena& arena, int64_t T, int64_t C, int64_t S)
+      : occupancies_{{arena, S, most_symbols(C, S)}, {arena, S, most_symbols(C, S)}} {
+    const int64_t width = (S + W) / W * W;
+    max_ = arena.take<double>(T);
+    rest_ = arena.take<double>(T);
+    kd_ = arena.take<double>(T);
+    blank_m_ = arena.take<Float>(T);
+    blank_e_ = arena.take<Int>(T);
+    label_m_ = arena.take<Float>(T * (width + W));
+    label_e_ = arena.take<Int>(T * (width + W));
+    skip_ = arena.take<Int>(width);
+    label_ = arena.take<int32_t>(S);
+    symbol_ = arena.take<int32_t>(S);
+    symbol_label_ = arena.take<int32_t>(most_symbols(C, S));
+    symbol_of_label_ = arena.take<int32_t>(C);
+    dense_ = arena.take<Float>(T * (most_symbols(C, S) + 1));
+    memory_[0] = arena.take<Float>(Chain<Float, true>::workspace(T, width));
+    memory_[1] = arena.take<Float>(Chain<Float, false>::workspace(T, width));
+  }
+
+  // Which utterance this is; nothing of its logits is read yet.
+  void begin(const Problem<Float>& problem, int64_t n) {
+    problem_ = &problem;
+    n_ = n;
+    T_ = problem.input_lengths[n];
+    labelled_ = problem.is_labelled(n);
+    S_ = labelled_ ? problem.target_lengths[n] : 0;
+    const int64_t* labels = problem.targets + (labelled_ ? problem.target_offsets[n] : 0);
+    int64_t repeats = 0;
+    for (int64_t k = 0; k < S_; k++) {
+      label_[k] = int32_t(labels[k]);
+      repeats += k > 0 && label_[k] == label_[k - 1];
+    }
+    number_symbols();
+    const int64_t width = (S_ + W) / W * W;
+    for (int64_t k = 0; k < width; k++) {
+      skip_[k] = k > 0 && k < S_ && label_[k] != label_[k - 1] ? -1 : 0;
+    }
+    scale_ = labelled_ ? problem.ctc_scale : 0.0;
+    if (problem.divide_by_length) scale_ /= double(std::max<int64_t>(S_, 1));
+    loss_ = !labelled_ || (T_ == 0 && S_ == 0) ? 0.0 : kInfinity;
+    runs_ = labelled_ && T_ > 0 && T_ >= S_ + repeats;
+    if (!runs_) scale_ = 0;
+    lattice_ = {T_, S_, width, blank_m_, blank_e_, label_m_, label_e_, skip_};
+    for (Occupancies<Float>& o : occupancies_) o.begin(S_, symbol_, symbols_);
+  }
+
+  // Frames [begin, end) of the batch's T: statistics, divergence, dense gradient.
+  void rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
+    const Problem<Float>& p = *problem_;
+    const int64_t block = std::min<int64_t>(W, rows_in_block(p.C));
+    for (int64_t t = begin; t < std::min(end, T_); t += block) {
+      const int64_t last = std::min({end, T_, t + block});
+      if (p.teacher.data) kd_rows(t, last, scratch);
+      ctc_rows(t, last, scratch);
+    }
+    for (int64_t t = std::max(begin, T_); t < end; t++) {
+      for (const Frames& grad : {p.grad, p.grad_teacher}) {
+        if (grad.data) std::memset(grad.row(t, n_), 0, size_t(p.C * size_of(grad.dtype)));
+      }
+    }
+  }
+
+  // After all rows: the symbols' probabilities in (m, e), and the chains' starts.
+  void begin_recursion() {
+    if (!runs_) return;
+    for (int64_t t = 0; t < T_; t++) runs_ = runs_ && rest_[t] == rest_[t];
+    if (!runs_) {
+      loss_ = kNotANumber;
+      return;
+    }
+    for (int64_t t = 0; t < T_; t++) {
+      const SoftmaxScale<Float> scale(Float(max_[t]), 1 + rest_[t]);
+      Float* const m = label_m_ + t * lattice_.row() + W;
+      Int* const e = label_e_ + t * lattice_.row() + W;
+      for (int64_t k = S_; k < lattice_.width; k++) m[k] = Float(-kInfinity);
+      for (int64_t k = 0; k < lattice_.width; k += W) {
+        const Number<Float> p = to_probability(load<Vec<Float>>(m + k), scale);
+        store(m + k, p.m);
+        store(e + k, p.e);
+      }
+      const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
+      blank_m_[t] = blank.m[0];
+      blank_e_[t] = blank.e[0];
+      m[-1] = 1;
+      e[-1] = kZeroSymbol<Float>;
+    }
+    alpha_.begin(&lattice_, memory_[0]);
+    beta_.begin(&lattice_, memory_[1]);
+  }
+
+  // The halves, of one direction or of both in turns: each alone waits for its own last row.
+  void first_halves(bool alpha, bool beta) {
+    if (!runs_) return;
+    for (int64_t i = 0; i < T_ - middle(); i++) {
+      if (alpha && i < middle()) alpha_.first(i);
+      if (beta) beta_.first(i);
+    }
+  }
+
+  // Where they meet: the likelihood.
+  void meet() {
+    if (!runs_) return;
+    alpha_.leave(middle());
+    beta_.leave(T_ - middle());
+    Number<Float> sum = zero_number<Float>();
+    const int64_t i = T_ - 1 - middle();
+    visit(alpha_, middle(), beta_, i, [&](int64_t, Number<Float> blank, Number<Float> label) {
+      sum = add(normalised(sum), add(blank, label));
+    });
+    const Int e = reduce_max(sum.e);
+    const double m = double(reduce_add(sum.m * power_of_two<Float>(sum.e - e)));
+    if (e < kZeroLikelihood<Float> || !(m > 0)) {
+      runs_ = false;
+      return;
+    }
+    const double log2_m = std::log2(m);
+    loss_ = -(double(e) + log2_m) * kLn2;
+    likelihood_e_ = e;
+    likelihood_inverse_m_ = Float(1 / m);
+  }
+
+  void second_halves(bool alpha, bool beta) {
+    if (!runs_ || !problem_->grad.data || scale_ == 0) return;
+    for (int64_t i = 0; i < T_ - middle(); i++) {
+      if (alpha) occupy(alpha_, middle() + i, beta_, occupancies_[0]);
+      if (beta && i < middle()) occupy(beta_, T_ - middle() + i, alpha_, occupancies_[1]);
+    }
+    if (alpha) subtract(occupancies_[0]);
+    if (beta) subtract(occupancies_[1]);
+  }
+
+  // A target that cannot be aligned has no part in the gradient, one with a NaN spreads it.
+  void finish(RowScratch<Float>& scratch) {
+    // The mantissas' rounding is 1e-7 a frame, at random: too much for a loss as small as this.
+    if (sizeof(Float) == 4 && runs_ && loss_ < 0.1 * std::sqrt(double(T_))) {
+      loss_ = small_loss(scratch);
+    }
+    if (labelled_ && problem_->grad.data && !(std::fabs(loss_) < kInfinity) && scale_ != 0) {
+      scale_ = loss_ == kInfinity ? 0.0 : kNotANumber;
+      rows(0, T_, scratch);
+    }
+    if (loss_ == kInfinity && problem_->zero_infinity) loss_ = 0;
+  }
+
+  int64_t frames() const { return T_; }
+  double ctc_loss() const { return loss_; }
+  double kd_loss() const {
+    double sum = 0;
+    for (int64_t t = 0; t < T_; t++) sum += kd_[t];
+    return sum;
+  }
+
+ private:
+  int64_t middle() const { return T_ / 2; }
+
+  // Symbols have numbers: those of a small alphabet are its classes, so that occupancies line up
+  // with a row of the gradient; of a large one, those of the target, in the order they appear.
+  static bool small_alphabet(int64_t C) { return C <= 4 * W; }
+  static int64_t most_symbols(int64_t C, int64_t S) { return small_alphabet(C) ? C : S; }
+
+  void number_symbols() {
+    const int64_t C = problem_->C;
+    if (small_alphabet(C)) {
+      symbols_ = C;
+      std::copy(label_, label_ + S_, symbol_);
+      for (int64_t c = 0; c < C; c++) symbol_label_[c] = int32_t(c);
+      return;
+    }
+    symbols_ = 0;
+    for (int64_t k = 0; k < S_; k++) symbol_of_label_[label_[k]] = -1;
+    for (int64_t k = 0; k < S_; k++) {
+      int32_t& symbol = symbol_of_label_[label_[k]];
+      if (symbol < 0) {
+        symbol = int32_t(symbols_);
+        symbol_label_[symbols_++] = label_[k];
+      }
+      symbol_[k] = symbol;
+    }
+  }
+
+  // Frames [begin, end), at most a block of them, the gradients of their divergences being in
+  // scratch.kd.
+  void ctc_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
+    const Problem<Float>& p = *problem_;
+    const int n = int(end - begin);
+    const bool softmax = p.grad.data && !p.posteriors && scale_ != 0;
+    SoftmaxRow<Float> rows[W];
+    for (int i = 0; i < n; i++) {
+      const int64_t t = begin + i;
+      rows[i].logits =
+          load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
+      Float* const dense =
+          p.grad.data ? begin_row(p.grad.row(t, n_), p.grad.dtype, scratch.dense + i * p.C) : nullptr;
+      rows[i].exponentials = softmax ? dense : nullptr;
+      if (p.grad.data && !softmax) std::fill(dense, dense + p.C, Float(0));
+    }
+    if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
+    for (int i = 0; i < n; i++) {
+      const int64_t t = begin + i;
+      if (labelled_) {
+        max_[t] = double(rows[i].max);
+        rest_[t] = rows[i].valid ? rows[i].rest : kNotANumber;
+        blank_m_[t] = rows[i].logits[p.blank];
+        Float* const label = label_m_ + t * lattice_.row() + W;
+        for (int64_t k = 0; k < S_; k++) label[k] = rows[i].logits[label_[k]];
+      }
+      if (p.grad.data) gradient_row(t, rows[i], scratch, i);
+    }
+  }
+
+  void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
+    const Problem<Float>& p = *problem_;
+    void* const grad = p.grad.row(t, n_);
+    Float* const dense = begin_row(grad, p.grad.dtype, scratch.dense + i * p.C);
+    if (row.exponentials || scale_ != scale_) {
+      const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
+      for (int64_t c = 0; c < p.C; c++) dense[c] *= factor;
+    }
+    if (p.teacher.data && p.weight(t, n_) != 0) {
+      const Float* const kd = scratch.kd + i * p.C;
+      for (int64_t c = 0; c < p.C; c++) dense[c] += kd[c];
+    }
+    if (dense != grad) {  // to be rounded once: kept for the entries of the symbols
+      Float* const kept = dense_ + t * (symbols_ + 1);
+      for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
+      kept[symbols_] = dense[p.blank];
+      finish_row(grad, p.grad.dtype, p.C, dense);
+    }
+  }
+
+  void kd_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
+    constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
+    const Problem<Float>& p = *problem_;
+    end = std::min(end, T_);
+    for (int64_t t = begin; t < end; t++) {
+      const double weight = p.weight(t, n_) * p.kd_factor;
+      void* const grad_teacher = p.grad_teacher.row(t, n_);
+      kd_[t] = 0;
+      if (weight == 0) {
+        if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
+        continue;
+      }
+      scratch.kd_block.add({p.logits.row(t, n_), p.logits.dtype},
+                           {p.teacher.row(t, n_), p.teacher.dtype},
+                           {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, own},
+                           {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
+    }
+    scratch.kd_block.flush();
+    for (int64_t t = begin; t < end; t++) {
+      if (kd_[t] != 0) kd_[t] *= p.weight(t, n_) * p.kd_factor;
+    }
+  }
+
+  // The loss in plain float64: nothing that counts can underflow where the loss is small.
+  double small_loss(RowScratch<Float>& scratch) {
+    double* const blank = reinterpret_cast<double*>(memory_[0]);
+    double* const label = reinterpret_cast<double*>(memory_[1]);
+    std::fill(blank, blank + S_ + 1, 0.0);
+    std::fill(label, label + S_ + 1, 0.0);
+    blank[0] = 1;
+    const Problem<Float>& p = *problem_;
+    log2_1p(rest_, T_);
+    for (int64_t t = 0; t < T_; t++) {
+      const Float* x = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits);
+      const auto probability = [&](int64_t c) {
+        return std::exp2((double(x[c]) - max_[t]) * kLog2e - rest_[t]);
+      };
+      const double p_blank = probability(p.blank);
+      for (int64_t k = std::min(S_, t + 1); k >= 0; k--) {  // down: k - 1 is still of frame t - 1
+        const double before = k > 0 ? label[k - 1] : 0.0;
+        if (k < S_) {
+          label[k] = (label[k] + blank[k] + (skip_[k] ? before : 0.0)) * probability(label_[k]);
+        }
+        blank[k] = (blank[k] + before) * p_blank;
+      }
+    }
+    return -std::log(blank[S_] + (S_ > 0 ? label[S_ - 1] : 0.0));
+  }
+
+  // Step i of one chain against step `other_i`, the same frame, of the other: for each vector of
+  // pairs the products of the two, of the blanks and of the labels.
+  template <bool kForward, class Body>
+  KDKERNELS_INLINE void visit(Chain<Float, kForward>& chain, int64_t i,
+                              Chain<Float, !kForward>& other, int64_t other_i, Body body) {
+    const PairRow<Float> row = other.stored(other_i);
+    const Band band = other.band(other_i);
+    chain.second(i, [&](int64_t j, Number<Float> blank, Number<Float> label) {
+      const Number<Float> other_blank = row.blank(j), aligned = row.label(j);
+      Number<Float> other_label;
+      if constexpr (kForward) {  // the label of alpha's pair k is that of beta's pair k + 1
+        const Number<Float> after = j < band.high ? row.label(j + 1) : zero_number<Float>();
+        other_label = {shift_down(aligned.m, after.m), shift_down(aligned.e, after.e)};
+      } else {
+        const Number<Float> before = j > band.low ? row.label(j - 1) : zero_number<Float>();
+        other_label = {shift_up(before.m, aligned.m), shift_up(before.e, aligned.e)};
+      }
+      body(j, Number<Float>{blank.m * other_blank.m, blank.e + other_blank.e},
+           Number<Float>{label.m * other_label.m, label.e + other_label.e});
+    });
+  }
+
+  // Occupancies of one frame.
+  template <bool kForward>
+  void occupy(Chain<Float, kForward>& chain, int64_t i, Chain<Float, !kForward>& other,
+              Occupancies<Float>& occupancies) {
+    const auto probability = [&](Number<Float> x) {
+      return x.m * likelihood_inverse_m_ * power_of_two<Float>(x.e - likelihood_e_);
+    };
+    Float* const labels = occupancies.add(chain.frame(i)) - (kForward ? 0 : 1);
+    Vec<Float> blanks{};
+    visit(chain, i, other, T_ - 1 - i, [&](int64_t j, Number<Float> blank, Number<Float> label) {
+      blanks += probability(blank);
+      store(labels + j * W, probability(label));  // beta's pair k has label k - 1
+    });
+    if (occupancies.finish(blanks)) subtract(occupancies);
+  }
+
+  // The frames collected, from their rows of the gradient.
+  void subtract(Occupancies<Float>& occupancies) {
+    const Problem<Float>& p = *problem_;
+    constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
+    const Float scale = p.posteriors ? Float(-1) : Float(scale_);
+    occupancies.flush([&](int64_t t, Float* symbols, Float blank) {
+      void* const grad = p.grad.row(t, n_);
+      Float* const row = static_cast<Float*>(grad);
+      if (p.grad.dtype == own && small_alphabet(p.C)) {
+        symbols[p.blank] += blank;
+        for (int64_t c = 0; c < p.C; c++) row[c] -= scale * symbols[c];
+      } else if (p.grad.dtype == own) {
+        for (int64_t u = 0; u < symbols_; u++) row[symbol_label_[u]] -= scale * symbols[u];
+        row[p.blank] -= scale * blank;
+      } else {
+        const Float* const kept = dense_ + t * (symbols_ + 1);
+        for (int64_t u = 0; u < symbols_; u++) {
+          store_one(grad, p.grad.dtype, symbol_label_[u], kept[u] - scale * symbols[u]);
+        }
+        store_one(grad, p.grad.dtype, p.blank, kept[symbols_] - scale * blank);
+      }
+    });
+  }
+
+  const Problem<Float>* problem_ = nullptr;
+  int64_t n_ = 0, T_ = 0, S_ = 0, symbols_ = 0;
+  bool labelled_ = false, runs_ = false;
+  double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
+  Int likelihood_e_ = 0;
+  Float likelihood_inverse_m_ = 0;
+  Lattice<Float> lattice_{};
+  Chain<Float, true> alpha_;
+  Chain<Float, false> beta_;
+  Occupancies<Float> occupancies_[2];  // of alpha and of beta
+
+  double *max_, *rest_, *kd_;      // [T], SoftmaxRow and divergence of each frame
+  Float *blank_m_, *label_m_;      // see Lattice
+  Int *blank_e_, *label_e_, *skip_;
+  Float* dense_;             // [T][S + 1], dense gradient at each symbol and at blank
+  int32_t* label_;           // [S]
+  int32_t* symbol_;          // [S], number of the label among the distinct ones
+  int32_t* symbol_label_;    // [symbols]
+  int32_t* symbol_of_label_; // [C]
+  Float* memory_[2];         // of alpha and of beta
+};
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

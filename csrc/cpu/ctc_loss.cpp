@@ -144,7 +144,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.zero_infinity = zero_infinity, p.posteriors = posteriors;
     p.labelled = labelled;
     p.frame_weight = static_cast<const Float*>(frame_weight);
-    p.divergence = {Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta};
+    p.divergence = {Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta,
+                    stride_t,               teacher_stride_t};
     p.kd_factor = rescale ? temperature * temperature : 1.0;
 
     const bool mean = Reduction(reduction) == Reduction::mean;
@@ -159,8 +160,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.ctc_scale = ctc_weight / ctc_divisor;
     p.kd_scale = kd_weight / kd_divisor;
 
-    if (grad) advise_huge_pages(grad, T * N * C * size_of(p.grad.dtype));
-    if (grad_teacher) advise_huge_pages(grad_teacher, T * N * C * size_of(p.grad_teacher.dtype));
+    advise_huge_pages(grad, T * N * C * size_of(p.grad.dtype));
+    advise_huge_pages(grad_teacher, T * N * C * size_of(p.grad_teacher.dtype));
     const Workspace<Float> workspace(workspace_memory, p);
     if (N >= threads || threads == 1) {
       run_utterances(p, workspace, int(threads));

@@ -60,7 +60,7 @@ void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
       V sum{}, count{};
       for_each_vector<Float>(std::min(block, C - begin), [&](int64_t i, int lanes) {
         const V x = load_n(row.logits + begin + i, lanes, -kInf) - row.max;
-        __builtin_prefetch(row.logits + begin + i + ahead);
+        __builtin_prefetch(row.logits + begin + i + ahead, 0, 2);
         const V e = exp<Float>(x);
         sum = x == 0 ? sum : sum + e;
         count = x == 0 ? count + Float(1) : count;

@@ -264,10 +264,7 @@ class Utterance {
       const int64_t t = begin + i;
       rows[i].logits =
           load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
-      Float* const dense =
-          p.grad.data ? begin_row(p.grad.row(t, n_), p.grad.dtype, scratch.dense + i * p.C) : nullptr;
-      rows[i].exponentials = softmax ? dense : nullptr;
-      if (p.grad.data && !softmax) std::fill(dense, dense + p.C, Float(0));
+      rows[i].exponentials = softmax ? scratch.dense + i * p.C : nullptr;
     }
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
     for (int i = 0; i < n; i++) {
@@ -286,16 +283,19 @@ class Utterance {
   void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
     const Problem<Float>& p = *problem_;
     void* const grad = p.grad.row(t, n_);
-    Float* const dense = begin_row(grad, p.grad.dtype, scratch.dense + i * p.C);
-    if (row.exponentials || scale_ != scale_) {
-      const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
-      for (int64_t c = 0; c < p.C; c++) dense[c] *= factor;
-    }
-    if (p.teacher.data && p.weight(t, n_) != 0) {
-      const Float* const kd = scratch.kd + i * p.C;
-      for (int64_t c = 0; c < p.C; c++) dense[c] += kd[c];
-    }
-    if (dense != grad) {  // to be rounded once: kept for the entries of the symbols
+    const Float* const kd =
+        p.teacher.data && p.weight(t, n_) != 0 ? scratch.kd + i * p.C : nullptr;
+    const bool ctc = row.exponentials || scale_ != scale_;
+    const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
+    Float* const scratch_row = scratch.dense + i * p.C;
+    Float* const dense = begin_row(grad, p.grad.dtype, scratch_row);
+    for_each_vector<Float>(p.C, [&](int64_t c, int n) {
+      Vec<Float> x{};
+      if (ctc) x = load_n(scratch_row + c, n, Float(0)) * factor;
+      if (kd) x += load_n(kd + c, n, Float(0));
+      store_n(dense + c, x, n);
+    });
+    if (p.grad.dtype != kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
       Float* const kept = dense_ + t * (symbols_ + 1);
       for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
       kept[symbols_] = dense[p.blank];
@@ -304,7 +304,6 @@ class Utterance {
   }
 
   void kd_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
-    constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
     const Problem<Float>& p = *problem_;
     end = std::min(end, T_);
     for (int64_t t = begin; t < end; t++) {
@@ -317,7 +316,7 @@ class Utterance {
       }
       scratch.kd_block.add({p.logits.row(t, n_), p.logits.dtype},
                            {p.teacher.row(t, n_), p.teacher.dtype},
-                           {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, own},
+                           {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
                            {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
     }
     scratch.kd_block.flush();
@@ -393,15 +392,14 @@ class Utterance {
   // The frames collected, from their rows of the gradient.
   void subtract(Occupancies<Float>& occupancies) {
     const Problem<Float>& p = *problem_;
-    constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
     const Float scale = p.posteriors ? Float(-1) : Float(scale_);
     occupancies.flush([&](int64_t t, Float* symbols, Float blank) {
       void* const grad = p.grad.row(t, n_);
       Float* const row = static_cast<Float*>(grad);
-      if (p.grad.dtype == own && small_alphabet(p.C)) {
+      if (p.grad.dtype == kOwnDType<Float> && small_alphabet(p.C)) {
         symbols[p.blank] += blank;
         for (int64_t c = 0; c < p.C; c++) row[c] -= scale * symbols[c];
-      } else if (p.grad.dtype == own) {
+      } else if (p.grad.dtype == kOwnDType<Float>) {
         for (int64_t u = 0; u < symbols_; u++) row[symbol_label_[u]] -= scale * symbols[u];
         row[p.blank] -= scale * blank;
       } else {

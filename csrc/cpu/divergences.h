@@ -14,19 +14,11 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// One pair of rows in the arithmetic's type.
-template <class Float>
-struct DivergenceRow {
-  const Float *student, *teacher;      // [C] logits
-  Float *grad_student, *grad_teacher;  // [C] (out), or null
-  double factor;                       // of the gradients
-  double value;                        // (out) the divergence
-};
-
 struct DivergenceOptions {
   Divergence divergence;
   double student_scale, teacher_scale;  // 1 / temperature
   double beta;
+  int64_t student_stride, teacher_stride;  // elements from a row to the next, as far as there is one
 };
 
 template <class Float>
@@ -35,12 +27,13 @@ class Divergences {
   Divergences(const DivergenceOptions& options, int64_t C, Arena& arena)
       : options_(options), C_(C) {
     fast_ = sizeof(Float) == 4 && options.divergence == Divergence::forward_kl;
+    block_ = fast_ ? rows_in_block(C) : 1;
     scratch_ = arena.take<float>(2 * rows_in_block(C) * C);
     for (double*& row : wide_) row = arena.take<double>(C);
   }
 
   // Rows to hand over at once, at most.
-  int block() const { return fast_ ? rows_in_block(C_) : 1; }
+  int block() const { return block_; }
 
   void operator()(DivergenceRow<Float>* rows, int n) const {
     if constexpr (sizeof(Float) == 4) {
@@ -48,9 +41,10 @@ class Divergences {
         fast(rows, n);
         // The teacher's gradient has logarithms in it.
         for (int i = 0; i < n; i++) {
+          if (!rows[i].grad_teacher) continue;
           DivergenceRow<Float> row = rows[i];
           row.grad_student = nullptr;
-          if (row.grad_teacher) wide(row);
+          wide(row);
         }
         return;
       }
@@ -60,18 +54,13 @@ class Divergences {
 
  private:
   void fast(DivergenceRow<float>* rows, int n) const {
-    const KLScales scale{float(options_.teacher_scale), float(options_.student_scale)};
-    KLRow kl[kMaxRows];
-    for (int i = 0; i < n; i++) {
-      kl[i] = {rows[i].teacher, rows[i].student, rows[i].grad_student,
-               float(rows[i].factor * options_.student_scale), 0, C_*n, C_*n};
-    }
+    const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
+                         n * options_.teacher_stride, n * options_.student_stride};
     if (options_.student_scale == options_.teacher_scale) {
-      kl_rows<true>(kl, n, C_, scale, scratch_);
+      kl_rows<true>(rows, n, C_, scale, scratch_);
     } else {
-      kl_rows<false>(kl, n, C_, scale, scratch_);
+      kl_rows<false>(rows, n, C_, scale, scratch_);
     }
-    for (int i = 0; i < n; i++) rows[i].value = kl[i].kl;
   }
 
   void wide(DivergenceRow<Float>& row) const {
@@ -108,6 +97,7 @@ class Divergences {
   DivergenceOptions options_;
   int64_t C_;
   bool fast_;
+  int block_;
   float* scratch_;
   double* wide_[6];
 };

@@ -14,37 +14,22 @@ namespace kdkernels {
 namespace KDKERNELS_TARGET {
 namespace {
 
-// Element offsets of the rows of several tensors that have the same sizes, in order.
-class RowOffsets {
- public:
-  static constexpr int kTensors = 4, kMaxDims = 16;
+// Element offsets of the rows of several tensors that have the same sizes: [dims] sizes, then [dims]
+// strides of each.
+struct RowLayout {
+  int64_t dims;
+  const int64_t* layout;
 
-  RowOffsets(int64_t dims, const int64_t* layout, int64_t row) : dims_(dims), layout_(layout) {
+  int64_t stride(int tensor, int64_t dim) const { return layout[(1 + tensor) * dims + dim]; }
+  int64_t operator()(int tensor, int64_t row) const {
+    if (dims == 1) return row * stride(tensor, 0);
+    int64_t offset = 0;
     for (int64_t d = dims - 1; d >= 0; d--) {
-      index_[d] = row % layout[d];
+      offset += row % layout[d] * stride(tensor, d);
       row /= layout[d];
-      for (int i = 0; i < kTensors; i++) offset_[i] += index_[d] * stride(i, d);
     }
+    return offset;
   }
-
-  int64_t operator[](int tensor) const { return offset_[tensor]; }
-
-  void next() {
-    for (int64_t d = dims_ - 1; d >= 0; d--) {
-      for (int i = 0; i < kTensors; i++) offset_[i] += stride(i, d);
-      if (++index_[d] < layout_[d]) return;
-      for (int i = 0; i < kTensors; i++) offset_[i] -= layout_[d] * stride(i, d);
-      index_[d] = 0;
-    }
-  }
-
- private:
-  int64_t stride(int tensor, int64_t d) const { return layout_[(1 + tensor) * dims_ + d]; }
-
-  int64_t dims_;
-  const int64_t* layout_;
-  int64_t index_[kMaxDims] = {};
-  int64_t offset_[kTensors] = {};
 };
 
 template <class Float>
@@ -72,14 +57,20 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
     scale = count != 0 ? scale / count : 0.0;
   }
   const auto factor = [&](int64_t r) { return weight ? scale * double(weight[r]) : scale; };
-  if (grad_student) advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
-  if (grad_teacher) advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
+  advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
+  advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
 
   // Chunks of rows large enough to hide their hand-out, small enough to balance rows of weight 0.
   const int64_t chunk =
       std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C));
   const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
-  const DivergenceOptions options{divergence, 1 / temperature, 1 / teacher_temperature, beta};
+  const RowLayout at{dims, layout};
+  const DivergenceOptions options{divergence,
+                                  1 / temperature,
+                                  1 / teacher_temperature,
+                                  beta,
+                                  dims > 0 ? at.stride(0, dims - 1) : 0,
+                                  dims > 0 ? at.stride(1, dims - 1) : 0};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
     Arena arena(workspace + omp_get_thread_num() * piece);
@@ -87,17 +78,16 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks; i++) {
       const int64_t end = std::min(rows, (i + 1) * chunk);
-      RowOffsets at(dims, layout, i * chunk);
-      for (int64_t r = i * chunk; r < end; r++, at.next()) {
-        void* const grad_s = grad_student ? offset(grad_student, student_dtype, at[2]) : nullptr;
-        void* const grad_t = grad_teacher ? offset(grad_teacher, teacher_dtype, at[3]) : nullptr;
+      for (int64_t r = i * chunk; r < end; r++) {
+        void* const grad_s = grad_student ? offset(grad_student, student_dtype, at(2, r)) : nullptr;
+        void* const grad_t = grad_teacher ? offset(grad_teacher, teacher_dtype, at(3, r)) : nullptr;
         if (weight && weight[r] == 0) {
           if (grad_s) fill_row(grad_s, student_dtype, C, Float(0));
           if (grad_t) fill_row(grad_t, teacher_dtype, C, Float(0));
           row_loss[r] = 0;
         } else {
-          block.add({offset(student, student_dtype, at[0]), student_dtype},
-                    {offset(teacher, teacher_dtype, at[1]), teacher_dtype}, {grad_s, student_dtype},
+          block.add({offset(student, student_dtype, at(0, r)), student_dtype},
+                    {offset(teacher, teacher_dtype, at(1, r)), teacher_dtype}, {grad_s, student_dtype},
                     {grad_t, teacher_dtype}, factor(r), row_loss + r);
         }
       }

@@ -21,18 +21,21 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-struct KLRow {
-  const float *p, *q;  // [C] logits
-  float* grad_q;       // [C] (out), or null; may be neither p nor q
-  float factor;        // of the gradient
-  double kl;           // (out)
-  // Elements from here to the row that takes this one's place in the next block: fetched while this
-  // one is computed, since rows are too short for the hardware to notice where they go on.
-  int64_t p_ahead, q_ahead;
+// One pair of rows. Here p is the teacher's, q the student's; grad_teacher is not looked at.
+template <class Float>
+struct DivergenceRow {
+  const Float *student, *teacher;      // [C] logits
+  Float *grad_student, *grad_teacher;  // [C] (out), or null; none of the logits
+  double factor;                       // of the gradients
+  double value;                        // (out) the divergence
 };
+using KLRow = DivergenceRow<float>;
 
 struct KLScales {
   float p, q;  // 1 / temperature
+  // Elements from a row to the one that takes its place in the next block: fetched while this one is
+  // computed, since rows are too short for the hardware to notice where they go on.
+  int64_t p_ahead, q_ahead;
 };
 
 // Rows that go through the steps together: as many as stay in the first cache.
@@ -43,6 +46,10 @@ inline int rows_in_block(int64_t C) {
 
 // Classes summed in float before the sum goes on in double: the rounding error does not grow with C.
 constexpr int64_t kSumBlock = 32 * kLanes<float>;
+
+KDKERNELS_INLINE float factor(const KLRow& row, KLScales scale) {
+  return float(row.factor) * scale.q;
+}
 
 // d0, in units of the logits where there is one temperature.
 template <bool kSameTemperature>
@@ -81,7 +88,7 @@ void row_statistics(const KLRow* rows, int n, int64_t C, KLScales scale, RowStat
     VecF32 p_high = broadcast(-kInf), q_high = p_high, d_high = p_high, d_low = broadcast(kInf);
     VecI32 nan{};
     for_each_vector<float>(C, [&](int64_t c, int lanes) {
-      const VecF32 p = load_n(rows[r].p + c, lanes, -kInf), q = load_n(rows[r].q + c, lanes, -kInf);
+      const VecF32 p = load_n(rows[r].teacher + c, lanes, -kInf), q = load_n(rows[r].student + c, lanes, -kInf);
       const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
       nan |= (p != p) | (q != q);
       p_high = max(p_high, p);
@@ -118,7 +125,7 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.p + c, lanes, -kInf), q = load_n(row.q + c, lanes, -kInf);
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf), q = load_n(row.student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]);
         const VecF32 e = exp<float>(p - s.p_max[index[i]], scale.p);
         row_sum += e;
@@ -142,17 +149,17 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.p + c, lanes, -kInf), q = load_n(row.q + c, lanes, -kInf);
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf), q = load_n(row.student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
-        if (row.grad_q) store_n(row.grad_q + c, prob * (plus - d) * row.factor, lanes);
+        if (row.grad_student) store_n(row.grad_student + c, prob * (plus - d) * factor(row, scale), lanes);
       });
       kls[i] = row_kl;
     }
     add_rows(kls, n, kl);
   }
-  for (int i = 0; i < n; i++) rows[index[i]].kl = kl[i];
+  for (int i = 0; i < n; i++) rows[index[i]].value = kl[i];
 }
 
 // d of a class of rows that are not near, from the logits less their maxima: what is rounded is small
@@ -196,8 +203,8 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.p + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(row.q + c, lanes, -kInf) - q_max;
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(row.student + c, lanes, -kInf) - q_max;
         const VecF32 d = far_difference<kSameTemperature>(p, q, scale) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
@@ -205,11 +212,11 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
-        if (row.grad_q) store_n(row.grad_q + c, change * row.factor, lanes);
+        if (row.grad_student) store_n(row.grad_student + c, change * factor(row, scale), lanes);
       });
       kl += double(reduce_add(row_kl));
     }
-    row.kl = kl;
+    row.value = kl;
   }
 }
 
@@ -233,11 +240,11 @@ void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_p{}, row_q{}, row_p_d{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.p + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(row.q + c, lanes, -kInf) - q_max;
-        __builtin_prefetch(row.p + c + row.p_ahead);
-        __builtin_prefetch(row.q + c + row.q_ahead);
-        if (row.grad_q) __builtin_prefetch(row.grad_q + c, 1);
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(row.student + c, lanes, -kInf) - q_max;
+        __builtin_prefetch(row.teacher + c + scale.p_ahead);
+        __builtin_prefetch(row.student + c + scale.q_ahead);
+        if (row.grad_student) __builtin_prefetch(row.grad_student + c, 1);
         const VecF32 p_exp = exp<float>(p, scale.p), q_exp = exp<float>(q, scale.q);
         const VecF32 d = far_difference<kSameTemperature>(p, q, scale);
         row_p += p_exp;
@@ -259,32 +266,43 @@ void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   }
   log2_1p(log2_sum[0], n);
   log2_1p(log2_sum[1], n);
+  double p_factor[kMaxRows], q_factor[kMaxRows];
+  for (int i = 0; i < n; i++) {
+    p_factor[i] = 1 / p_sum[i];
+    q_factor[i] = 1 / q_sum[i];
+    p_d[i] = p_d[i] * p_factor[i] + (log2_sum[1][i] - log2_sum[0][i]) * kLn2;
+  }
+  VecF32 largest[kMaxRows];
+  for (int i = 0; i < n; i++) {
+    const KLRow& row = rows[index[i]];
+    const float* const p_exps = scratch + 2 * index[i] * C;
+    const float p_row = float(p_factor[i]) * factor(row, scale), q_row = float(q_factor[i]) * factor(row, scale);
+    VecF32 row_largest{};
+    if (row.grad_student && p_d[i] >= kFarLoss) {
+      for_each_vector<float>(C, [&](int64_t c, int lanes) {
+        const VecF32 change = load_n(p_exps + C + c, lanes, 0.0f) * q_row -
+                              load_n(p_exps + c, lanes, 0.0f) * p_row;
+        row_largest = max(row_largest, abs<float>(change));
+        store_n(row.grad_student + c, change, lanes);
+      });
+    }
+    largest[i] = row_largest;
+  }
+  const VecF32 maxima = reduce_rows(largest, n, [](VecF32 a, VecF32 b) { return max(a, b); });
   int close[kMaxRows], close_count = 0;
   for (int i = 0; i < n; i++) {
     KLRow& row = rows[index[i]];
-    row.kl = p_d[i] / p_sum[i] + (log2_sum[1][i] - log2_sum[0][i]) * kLn2;
-    bool far = row.kl >= kFarLoss;
-    if (far && row.grad_q) {
-      const float* const p_exps = scratch + 2 * index[i] * C;
-      const float p_factor = float(1 / p_sum[i]) * row.factor;
-      const float q_factor = float(1 / q_sum[i]) * row.factor;
-      VecF32 largest{};
-      for_each_vector<float>(C, [&](int64_t c, int lanes) {
-        const VecF32 change = load_n(p_exps + C + c, lanes, 0.0f) * q_factor -
-                              load_n(p_exps + c, lanes, 0.0f) * p_factor;
-        largest = max(largest, abs<float>(change));
-        store_n(row.grad_q + c, change, lanes);
-      });
-      const float probability = std::max(std::fabs(p_factor), std::fabs(q_factor));
-      far = reduce_max(largest) >= kFarGradient * probability;
-    }
-    if (!far) close[close_count++] = index[i];
+    row.value = p_d[i];
+    const float probability = float(std::max(p_factor[i], q_factor[i])) * std::fabs(factor(row, scale));
+    const bool far = p_d[i] >= kFarLoss && (!row.grad_student || maxima[i] >= kFarGradient * probability);
+    close[close_count] = index[i];
+    close_count += !far;
   }
   if (close_count) close_rows<kSameTemperature>(rows, close, close_count, C, scale, s, scratch);
   for (int i = 0; i < n; i++) {
     const KLRow& row = rows[index[i]];
-    if (row.grad_q && s.d_max[index[i]] == kInf) {  // classes that are masked in q have no gradient
-      for (int64_t c = 0; c < C; c++) row.grad_q[c] = row.q[c] > -kInf ? row.grad_q[c] : 0.0f;
+    if (row.grad_student && s.d_max[index[i]] == kInf) {  // classes that are masked in q have no gradient
+      for (int64_t c = 0; c < C; c++) row.grad_student[c] = row.student[c] > -kInf ? row.grad_student[c] : 0.0f;
     }
   }
 }
@@ -303,8 +321,8 @@ void kl_rows(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
     const bool valid = !s.nan[r] && s.p_max[r] < kInf && s.q_max[r] < kInf && s.p_max[r] > -kInf &&
                        s.q_max[r] > -kInf;
     if (!valid) {
-      rows[r].kl = kNan;
-      if (rows[r].grad_q) std::fill(rows[r].grad_q, rows[r].grad_q + C, kNan);
+      rows[r].value = kNan;
+      if (rows[r].grad_student) std::fill(rows[r].grad_student, rows[r].grad_student + C, kNan);
     } else if ((s.d_max[r] - s.d_min[r]) * unit <= 0.25f) {
       near[near_count++] = r;
     } else {

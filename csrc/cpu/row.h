@@ -54,11 +54,12 @@ KDKERNELS_INLINE uint16_t to_float16(float x) {
   return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
 }
 
-// The row as Float: the logits themselves where they have that type, else a copy in `scratch`.
+// The dtype that is the arithmetic's own.
 template <class Float>
-const Float* load_row(const void* row, DType dtype, int64_t C, Float* scratch) {
-  constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
-  if (dtype == own) return static_cast<const Float*>(row);
+constexpr DType kOwnDType = sizeof(Float) == 8 ? DType::float64 : DType::float32;
+
+template <class Float>
+const Float* convert_row(const void* row, DType dtype, int64_t C, Float* scratch) {
   switch (dtype) {
     case DType::float32: {
       const float* x = static_cast<const float*>(row);
@@ -81,17 +82,22 @@ const Float* load_row(const void* row, DType dtype, int64_t C, Float* scratch) {
   return scratch;
 }
 
+// The row as Float: the logits themselves where they have that type, else a copy in `scratch`.
+template <class Float>
+KDKERNELS_INLINE const Float* load_row(const void* row, DType dtype, int64_t C, Float* scratch) {
+  if (dtype == kOwnDType<Float>) return static_cast<const Float*>(row);
+  return convert_row(row, dtype, C, scratch);
+}
+
 // Where to write a row of Float results: the output itself where it has that type, else `scratch`,
 // which finish_row then rounds to the output.
 template <class Float>
-Float* begin_row(void* row, DType dtype, Float* scratch) {
-  constexpr DType own = sizeof(Float) == 8 ? DType::float64 : DType::float32;
-  return dtype == own ? static_cast<Float*>(row) : scratch;
+KDKERNELS_INLINE Float* begin_row(void* row, DType dtype, Float* scratch) {
+  return dtype == kOwnDType<Float> ? static_cast<Float*>(row) : scratch;
 }
 
 template <class Float>
-void finish_row(void* row, DType dtype, int64_t C, const Float* values) {
-  if (values == row) return;
+void round_row(void* row, DType dtype, int64_t C, const Float* values) {
   switch (dtype) {
     case DType::float32: {
       float* y = static_cast<float*>(row);
@@ -111,6 +117,11 @@ void finish_row(void* row, DType dtype, int64_t C, const Float* values) {
     default:
       break;
   }
+}
+
+template <class Float>
+KDKERNELS_INLINE void finish_row(void* row, DType dtype, int64_t C, const Float* values) {
+  if (values != row) round_row(row, dtype, C, values);
 }
 
 template <class Float>
@@ -147,8 +158,7 @@ inline void advise_huge_pages(void* p, int64_t bytes) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #else
-  (void)p;
-  (void)bytes;
+  (void)p, (void)bytes;
 #endif
 }
 

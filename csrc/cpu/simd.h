@@ -195,14 +195,16 @@ KDKERNELS_INLINE V every_other(V a, V b) {
 // One number for each of n <= lanes vectors, lane r of the result for v[r]: neighbouring lanes are
 // joined until one is left. Every vector goes through the same tree, so that its result depends
 // neither on its place nor on the vectors beside it.
-template <class V, class Operation>
-KDKERNELS_INLINE V reduce_rows(const V* v, int n, Operation operation) {
+template <int kRows, class V, class Operation>
+KDKERNELS_INLINE V reduce_levels(const V* v, int n, Operation operation) {
   constexpr int lanes = int(sizeof(V) / sizeof(v[0][0]));
   V x[lanes];
+  if constexpr (kRows > 0) n = kRows;  // known: every loop below is unrolled
   for (int i = 0; i < n; i++) x[i] = v[i];
 #pragma GCC unroll 4
   for (int level = lanes; level > 1; level /= 2) {
     const int pairs = (n + 1) / 2;
+#pragma GCC unroll 8
     for (int i = 0; i < pairs; i++) {
       const V a = x[2 * i], b = x[2 * i + 1 < n ? 2 * i + 1 : 2 * i];
       x[i] = operation(every_other<false>(a, b), every_other<true>(a, b));
@@ -210,6 +212,13 @@ KDKERNELS_INLINE V reduce_rows(const V* v, int n, Operation operation) {
     n = pairs;
   }
   return x[0];
+}
+template <class V, class Operation>
+KDKERNELS_INLINE V reduce_rows(const V* v, int n, Operation operation) {
+  constexpr int lanes = int(sizeof(V) / sizeof(v[0][0]));
+  if (n == lanes) return reduce_levels<lanes>(v, n, operation);
+  if (n == 1) return reduce_levels<1>(v, n, operation);
+  return reduce_levels<0>(v, n, operation);
 }
 
 template <class V>

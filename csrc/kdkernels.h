@@ -1,9 +1,10 @@
 // The whole interface of the C++ core: plain pointers in, plain pointers out, no framework.
 //
 // Sizes: T frames, N utterances, C classes (with blank), S labels of an utterance's target.
-// Strides are in elements. A logits pointer is typed by a DType beside it; arithmetic is float32 for
-// float32, bfloat16 and float16 logits, float64 for float64 ones, and results other than gradients
-// have the type of the arithmetic. Nothing is allocated: scratch memory is a parameter, and the
+// Strides are in elements. A logits pointer is typed by a DType beside it; arithmetic is float32
+// for float32, bfloat16 and float16 logits, float64 for float64 ones, and results other than
+// gradients have the type of the arithmetic. Nothing is allocated: scratch memory is a parameter,
+// and the
 // `..._workspace` function says how many bytes it must have. The formulas stand in the docstrings
 // of the Python package (kdkernels/_kd_loss.py and its neighbours).
 
@@ -20,26 +21,29 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
 // The kernels of one instruction set. Integers of Python arrive as int64_t, the three enumerations
 // above as their values.
 struct Kernels {
-  // ---- kd_loss -----------------------------------------------------------------------------------
+  // ---- kd_loss
+  // -----------------------------------------------------------------------------------
   int64_t (*kd_loss_workspace)(int64_t C, int64_t threads);
 
   // Divergence of each row of logits and its gradients, in one visit of each row.
-  void (*kd_loss_forward)(
-      int64_t rows, int64_t C, int64_t batch,   // batch: the divisor of "batchmean"
-      int64_t dims, const int64_t* layout,      // sizes [dims], then the strides [dims] of student,
-                                                // teacher, grad_student, grad_teacher
-      const void* student, int64_t student_dtype,  //
-      const void* teacher, int64_t teacher_dtype,  //
-      const void* weight,                       // [rows] float32 / float64, or null: all ones
-      double temperature, double teacher_temperature,  //
-      int64_t divergence, double beta, int64_t reduction, int64_t rescale,
-      void* loss,          // [rows] for Reduction::none, else [1] (out)
-      void* grad_student,  // [rows][C], dtype of the student, or null (out)
-      void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
-      void* row_loss,      // [rows] float64, workspace
-      void* workspace, int64_t threads);
+  void (*kd_loss_forward)(int64_t rows, int64_t C,
+                          int64_t batch,  // batch: the divisor of "batchmean"
+                          int64_t dims,
+                          const int64_t* layout,  // sizes [dims], then the strides [dims] of
+                                                  // student, teacher, grad_student, grad_teacher
+                          const void* student, int64_t student_dtype,  //
+                          const void* teacher, int64_t teacher_dtype,  //
+                          const void* weight,  // [rows] float32 / float64, or null: all ones
+                          double temperature, double teacher_temperature,  //
+                          int64_t divergence, double beta, int64_t reduction, int64_t rescale,
+                          void* loss,          // [rows] for Reduction::none, else [1] (out)
+                          void* grad_student,  // [rows][C], dtype of the student, or null (out)
+                          void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
+                          void* row_loss,      // [rows] float64, workspace
+                          void* workspace, int64_t threads);
 
-  // ---- ctc_loss, ctc_kd_loss, ctc_posteriors -----------------------------------------------------
+  // ---- ctc_loss, ctc_kd_loss, ctc_posteriors
+  // -----------------------------------------------------
   int64_t (*ctc_loss_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
   // CTC loss of each utterance and its gradient; with a teacher the divergence of each frame as
@@ -53,17 +57,18 @@ struct Kernels {
       int64_t posteriors,  // 1: expected occupancies in place of the gradient
       // The teacher; all of these are ignored where it is null.
       const void* teacher, int64_t teacher_dtype, int64_t teacher_stride_t,
-      int64_t teacher_stride_n,   //
-      const uint8_t* labelled,    // [N], or null: all
-      const void* frame_weight,   // [T][N], or null: all ones
+      int64_t teacher_stride_n,  //
+      const uint8_t* labelled,   // [N], or null: all
+      const void* frame_weight,  // [T][N], or null: all ones
       double ctc_weight, double kd_weight, double temperature, double teacher_temperature,
-      int64_t divergence, double beta, int64_t rescale,
-      void* loss, void* ctc, void* kd,  // [N] for Reduction::none, else [1] (out); null: not wanted
+      int64_t divergence, double beta, int64_t rescale, void* loss, void* ctc,
+      void* kd,  // [N] for Reduction::none, else [1] (out); null: not wanted
       void* grad, int64_t grad_stride_t, int64_t grad_stride_n,  // [T][N][C], or null (out)
       void* grad_teacher, int64_t grad_teacher_stride_t, int64_t grad_teacher_stride_n,  // the same
       void* workspace, int64_t threads);
 
-  // ---- ctc_align ---------------------------------------------------------------------------------
+  // ---- ctc_align
+  // ---------------------------------------------------------------------------------
   int64_t (*ctc_align_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
   // Viterbi path of each utterance and its log-probability.

@@ -1,5 +1,5 @@
-// ctc_align on the CPU: the best path of each utterance (Viterbi), in float64 so that it is the best
-// one. Stored: one byte a state and frame, saying where its best path came from.
+// ctc_align on the CPU: the best path of each utterance (Viterbi), in float64 so that it is the
+// best one. Stored: one byte a state and frame, saying where its best path came from.
 
 #include <omp.h>
 
@@ -23,8 +23,8 @@ enum Step : uint8_t { stay = 0, advance = 1, skip = 2 };
 
 template <class Float>
 struct Viterbi {
-  Float* logits;                 // [C], scratch
-  double *blank[2], *label[2];   // [S + 1] best log-probability of a path to blank k, to label k
+  Float* logits;                // [C], scratch
+  double *blank[2], *label[2];  // [S + 1] best log-probability of a path to blank k, to label k
   uint8_t *from_blank, *from_label;  // [T][S + 1]
 
   Viterbi(Arena& arena, int64_t T, int64_t C, int64_t S) {
@@ -119,9 +119,8 @@ void ctc_align(int64_t T, int64_t N, int64_t C, int64_t S, const void* logits, i
           return load_row<Float>(x, DType(dtype), C, scratch);
         };
         int64_t* const path = paths + n * T;
-        static_cast<Float*>(scores)[n] =
-            Float(viterbi.run(input_lengths[n], C, target_lengths[n], targets + target_offsets[n],
-                              blank, row, path));
+        static_cast<Float*>(scores)[n] = Float(viterbi.run(
+            input_lengths[n], C, target_lengths[n], targets + target_offsets[n], blank, row, path));
         std::fill(path + input_lengths[n], path + T, int64_t(-1));
       }
     }

@@ -1,6 +1,6 @@
-// ctc_loss, ctc_kd_loss and ctc_posteriors on the CPU: utterances in parallel (ctc_utterance.h), or,
-// where there are fewer of them than threads, their rows and the two directions. Of the size of the
-// logits only the gradient is stored.
+// ctc_loss, ctc_kd_loss and ctc_posteriors on the CPU: utterances in parallel (ctc_utterance.h),
+// or, where there are fewer of them than threads, their rows and the two directions. Of the size of
+// the logits only the gradient is stored.
 
 #include <omp.h>
 
@@ -134,7 +134,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.logits = {const_cast<void*>(logits), DType(dtype), stride_t, stride_n};
     p.teacher = {const_cast<void*>(teacher), DType(teacher_dtype), teacher_stride_t,
                  teacher_stride_n};
-    p.grad = {grad, posteriors ? (sizeof(Float) == 8 ? DType::float64 : DType::float32) : DType(dtype),
+    p.grad = {grad,
+              posteriors ? (sizeof(Float) == 8 ? DType::float64 : DType::float32) : DType(dtype),
               grad_stride_t, grad_stride_n};
     p.grad_teacher = {grad_teacher, DType(teacher_dtype), grad_teacher_stride_t,
                       grad_teacher_stride_n};
@@ -144,8 +145,9 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.zero_infinity = zero_infinity, p.posteriors = posteriors;
     p.labelled = labelled;
     p.frame_weight = static_cast<const Float*>(frame_weight);
-    p.divergence = {Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta,
-                    stride_t,               teacher_stride_t};
+    p.divergence = {
+        Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta, stride_t,
+        teacher_stride_t};
     p.kd_factor = rescale ? temperature * temperature : 1.0;
 
     const bool mean = Reduction(reduction) == Reduction::mean;

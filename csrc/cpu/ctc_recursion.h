@@ -26,8 +26,8 @@ namespace KDKERNELS_TARGET {
 // Exponents: that of a state with probability 0, and of a symbol with probability 0. Between two
 // normalisations kPeriod of the latter may be added to the former without overflow.
 template <class Float>
-constexpr typename Simd<Float>::Int kZeroState = sizeof(Float) == 8 ? -(int64_t(1) << 52)
-                                                                    : -(int64_t(1) << 27);
+constexpr typename Simd<Float>::Int kZeroState =
+    sizeof(Float) == 8 ? -(int64_t(1) << 52) : -(int64_t(1) << 27);
 template <class Float>
 constexpr typename Simd<Float>::Int kZeroSymbol = kZeroState<Float> / 4;
 // A likelihood below 2^kZeroLikelihood passed through a symbol with probability 0.
@@ -68,12 +68,12 @@ template <class Float>
 struct Lattice {
   using Int = typename Simd<Float>::Int;
   int64_t T, S;
-  int64_t width;           // pairs (S + 1) in whole vectors, in elements
-  const Float* blank_m;    // [T], probability of blank, in (m, e)
-  const Int* blank_e;      // [T]
-  const Float* label_m;    // [T][width + W], of label k at element W + k; no label: kZeroSymbol
-  const Int* label_e;      // [T][width + W]
-  const Int* skip;         // [width], -1 where label k - 1 may be followed by label k, else 0
+  int64_t width;         // pairs (S + 1) in whole vectors, in elements
+  const Float* blank_m;  // [T], probability of blank, in (m, e)
+  const Int* blank_e;    // [T]
+  const Float* label_m;  // [T][width + W], of label k at element W + k; no label: kZeroSymbol
+  const Int* label_e;    // [T][width + W]
+  const Int* skip;       // [width], -1 where label k - 1 may be followed by label k, else 0
   int64_t row() const { return width + kLanes<Float>; }
 };
 
@@ -84,7 +84,7 @@ struct PairRow {
   using Int = typename Simd<Float>::Int;
   Float* base;
   int64_t stride;  // width + W
-  static int64_t elements(int64_t width) { return 4 * (width + kLanes<Float>) + kLanes<Float>; }
+  static int64_t elements(int64_t width) { return 4 * (width + kLanes<Float>)+kLanes<Float>; }
   PairRow(Float* base, int64_t width) : base(base), stride(width + kLanes<Float>) {}
 
   Number<Float> blank(int64_t j) const { return get(0, j); }

@@ -87,8 +87,8 @@ struct SoftmaxScale {
   }
 };
 
-// The probability of each logit, in (m, e): exp(x - max) is 2^n exp(r), with the rounding of x - max
-// carried along, and n goes to e whole.
+// The probability of each logit, in (m, e): exp(x - max) is 2^n exp(r), with the rounding of x -
+// max carried along, and n goes to e whole.
 template <class Float>
 KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<Float>& scale) {
   using S = Simd<Float>;

@@ -1,6 +1,6 @@
-// One utterance on its way through ctc_loss: its rows (softmax, the divergence from the teacher's, the
-// dense gradient while the row is in the cache), the recursion, and the occupancies subtracted at
-// the target's labels.
+// One utterance on its way through ctc_loss: its rows (softmax, the divergence from the teacher's,
+// the dense gradient while the row is in the cache), the recursion, and the occupancies subtracted
+// at the target's labels.
 
 #pragma once
 
@@ -43,7 +43,8 @@ struct Problem {
   const Float* frame_weight;
   DivergenceOptions divergence;
   double kd_factor;  // temperature^2 where rescaled
-  // d(returned loss) / d(ctc loss of n), before the division by its length, and / d(kd loss of a frame)
+  // d(returned loss) / d(ctc loss of n), before the division by its length, and / d(kd loss of a
+  // frame)
   double ctc_scale, kd_scale;
   bool divide_by_length;
 
@@ -228,14 +229,14 @@ class Utterance {
  private:
   int64_t middle() const { return T_ / 2; }
 
-  // Symbols have numbers: those of a small alphabet are its classes, so that occupancies line up
-  // with a row of the gradient; of a large one, those of the target, in the order they appear.
-  static bool small_alphabet(int64_t C) { return C <= 4 * W; }
-  static int64_t most_symbols(int64_t C, int64_t S) { return small_alphabet(C) ? C : S; }
+  // Symbols have numbers: in an alphabet that is small, or mostly in use, those of its classes, so
+  // that occupancies line up with a row of the gradient; else the order in which they appear.
+  static bool all_classes(int64_t C, int64_t S) { return C <= std::max<int64_t>(4 * W, 2 * S); }
+  static int64_t most_symbols(int64_t C, int64_t S) { return all_classes(C, S) ? C : S; }
 
   void number_symbols() {
     const int64_t C = problem_->C;
-    if (small_alphabet(C)) {
+    if (all_classes(C, S_)) {
       symbols_ = C;
       std::copy(label_, label_ + S_, symbol_);
       for (int64_t c = 0; c < C; c++) symbol_label_[c] = int32_t(c);
@@ -262,8 +263,7 @@ class Utterance {
     SoftmaxRow<Float> rows[W];
     for (int i = 0; i < n; i++) {
       const int64_t t = begin + i;
-      rows[i].logits =
-          load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
+      rows[i].logits = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
       rows[i].exponentials = softmax ? scratch.dense + i * p.C : nullptr;
     }
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
@@ -283,8 +283,7 @@ class Utterance {
   void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
     const Problem<Float>& p = *problem_;
     void* const grad = p.grad.row(t, n_);
-    const Float* const kd =
-        p.teacher.data && p.weight(t, n_) != 0 ? scratch.kd + i * p.C : nullptr;
+    const Float* const kd = p.teacher.data && p.weight(t, n_) != 0 ? scratch.kd + i * p.C : nullptr;
     const bool ctc = row.exponentials || scale_ != scale_;
     const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
     Float* const scratch_row = scratch.dense + i * p.C;
@@ -295,7 +294,8 @@ class Utterance {
       if (kd) x += load_n(kd + c, n, Float(0));
       store_n(dense + c, x, n);
     });
-    if (p.grad.dtype != kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
+    if (p.grad.dtype !=
+        kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
       Float* const kept = dense_ + t * (symbols_ + 1);
       for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
       kept[symbols_] = dense[p.blank];
@@ -314,10 +314,10 @@ class Utterance {
         if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
         continue;
       }
-      scratch.kd_block.add({p.logits.row(t, n_), p.logits.dtype},
-                           {p.teacher.row(t, n_), p.teacher.dtype},
-                           {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
-                           {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
+      scratch.kd_block.add(
+          {p.logits.row(t, n_), p.logits.dtype}, {p.teacher.row(t, n_), p.teacher.dtype},
+          {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
+          {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
     }
     scratch.kd_block.flush();
     for (int64_t t = begin; t < end; t++) {
@@ -396,7 +396,7 @@ class Utterance {
     occupancies.flush([&](int64_t t, Float* symbols, Float blank) {
       void* const grad = p.grad.row(t, n_);
       Float* const row = static_cast<Float*>(grad);
-      if (p.grad.dtype == kOwnDType<Float> && small_alphabet(p.C)) {
+      if (p.grad.dtype == kOwnDType<Float> && all_classes(p.C, S_)) {
         symbols[p.blank] += blank;
         for (int64_t c = 0; c < p.C; c++) row[c] -= scale * symbols[c];
       } else if (p.grad.dtype == kOwnDType<Float>) {
@@ -423,15 +423,15 @@ class Utterance {
   Chain<Float, false> beta_;
   Occupancies<Float> occupancies_[2];  // of alpha and of beta
 
-  double *max_, *rest_, *kd_;      // [T], SoftmaxRow and divergence of each frame
-  Float *blank_m_, *label_m_;      // see Lattice
+  double *max_, *rest_, *kd_;  // [T], SoftmaxRow and divergence of each frame
+  Float *blank_m_, *label_m_;  // see Lattice
   Int *blank_e_, *label_e_, *skip_;
-  Float* dense_;             // [T][S + 1], dense gradient at each symbol and at blank
-  int32_t* label_;           // [S]
-  int32_t* symbol_;          // [S], number of the label among the distinct ones
-  int32_t* symbol_label_;    // [symbols]
-  int32_t* symbol_of_label_; // [C]
-  Float* memory_[2];         // of alpha and of beta
+  Float* dense_;              // [T][S + 1], dense gradient at each symbol and at blank
+  int32_t* label_;            // [S]
+  int32_t* symbol_;           // [S], number of the label among the distinct ones
+  int32_t* symbol_label_;     // [symbols]
+  int32_t* symbol_of_label_;  // [C]
+  Float* memory_[2];          // of alpha and of beta
 };
 
 }  // namespace KDKERNELS_TARGET

@@ -1,7 +1,7 @@
 // Any divergence between the distributions of two rows of logits and its gradients with respect to
-// both, in float64: for float64 logits, and for the gradients of float32 ones that are differences of
-// logarithms, which float32 would round to more than is left of them. The case that training spends
-// its time in is in kl_rows.h.
+// both, in float64: for float64 logits, and for the gradients of float32 ones that are differences
+// of logarithms, which float32 would round to more than is left of them. The case that training
+// spends its time in is in kl_rows.h.
 //
 // p and q are softmax(p_logits / p_temperature) and the same of q; d = log p - log q.
 
@@ -144,7 +144,8 @@ inline double jsd_row(const RowPair& row, const RowNormalisers& s, const RowGrad
   const auto logs = [&](const Classes& x, VecF64& log_m_p, VecF64& log_m_q) {
     const VecF64 size = abs<double>(x.d);
     const auto p_larger = x.d >= 0, close = size < 0.25;
-    const VecF64 drop = (p_larger ? broadcast(alpha) : broadcast(beta)) * (exp<double>(-size) - 1.0);
+    const VecF64 drop =
+        (p_larger ? broadcast(alpha) : broadcast(beta)) * (exp<double>(-size) - 1.0);
     const VecF64 lower = log1p_negative(drop);
     const VecF64 d = close ? x.d : VecF64{};
     const VecF64 v = alpha * (expm1_plus<double>(d) - d), w = beta * (expm1_plus<double>(-d) + d);
@@ -152,8 +153,8 @@ inline double jsd_row(const RowPair& row, const RowNormalisers& s, const RowGrad
     log_m_p = close ? v - v_rest : p_larger ? lower : lower + size;
     log_m_q = close ? w - w_rest : p_larger ? lower + size : lower;
     // The term of the divergence; the first-order parts v and w cancel.
-    const VecF64 terms = beta * (x.p > 0 ? x.p * log_m_p : VecF64{}) +
-                         alpha * (x.q > 0 ? x.q * log_m_q : VecF64{});
+    const VecF64 terms =
+        beta * (x.p > 0 ? x.p * log_m_p : VecF64{}) + alpha * (x.q > 0 ? x.q * log_m_q : VecF64{});
     return close ? beta * x.p * v_rest + alpha * x.q * w_rest : -terms;
   };
   for_each_vector<double>(row.C, [&](int64_t c, int n) {

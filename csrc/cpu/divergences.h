@@ -1,5 +1,5 @@
-// Blocks of rows of logits of any dtype to their divergences and gradients: loads, the choice of the
-// way (kl_rows.h or divergence.h), stores.
+// Blocks of rows of logits of any dtype to their divergences and gradients: loads, the choice of
+// the way (kl_rows.h or divergence.h), stores.
 
 #pragma once
 
@@ -18,7 +18,8 @@ struct DivergenceOptions {
   Divergence divergence;
   double student_scale, teacher_scale;  // 1 / temperature
   double beta;
-  int64_t student_stride, teacher_stride;  // elements from a row to the next, as far as there is one
+  int64_t student_stride,
+      teacher_stride;  // elements from a row to the next, as far as there is one
 };
 
 template <class Float>
@@ -56,11 +57,13 @@ class Divergences {
   void fast(DivergenceRow<float>* rows, int n) const {
     const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
                          n * options_.teacher_stride, n * options_.student_stride};
-    if (options_.student_scale == options_.teacher_scale) {
-      kl_rows<true>(rows, n, C_, scale, scratch_);
-    } else {
-      kl_rows<false>(rows, n, C_, scale, scratch_);
-    }
+    with_row_vectors<float>(C_, [&](auto vectors) {
+      if (options_.student_scale == options_.teacher_scale) {
+        kl_rows<true, vectors()>(rows, n, C_, scale, scratch_);
+      } else {
+        kl_rows<false, vectors()>(rows, n, C_, scale, scratch_);
+      }
+    });
   }
 
   void wide(DivergenceRow<Float>& row) const {
@@ -73,12 +76,13 @@ class Divergences {
       if constexpr (sizeof(Float) == 8) return x;
       return x ? scratch : nullptr;
     };
-    const double *const student = input(row.student, wide_[0]),
-                 *const teacher = input(row.teacher, wide_[1]);
-    double *const grad_student = output(row.grad_student, wide_[2]),
-           *const grad_teacher = output(row.grad_teacher, wide_[3]);
-    RowPair pair{teacher, student, options_.teacher_scale, options_.student_scale,
-                 C_,      wide_[4], wide_[5]};
+    const double *const student = input(row.student, wide_[0]), *const teacher =
+                                                                    input(row.teacher, wide_[1]);
+    double *const grad_student = output(row.grad_student, wide_[2]), *const grad_teacher =
+                                                                         output(row.grad_teacher,
+                                                                                wide_[3]);
+    RowPair pair{teacher,  student, options_.teacher_scale, options_.student_scale, C_,
+                 wide_[4], wide_[5]};
     RowGradients grad{grad_teacher, grad_student, row.factor * options_.teacher_scale,
                       row.factor * options_.student_scale};
     if (options_.divergence == Divergence::reverse_kl) {
@@ -102,9 +106,8 @@ class Divergences {
   double* wide_[6];
 };
 
-template <class Void>
 struct TypedRow {
-  Void* data;
+  void* data;
   DType dtype;
 };
 
@@ -120,17 +123,19 @@ class DivergenceBlock {
   int block() const { return divergences_.block(); }
 
   // A pair of rows; a gradient that is null is not made. `value` gets the divergence in flush().
-  void add(TypedRow<const void> student, TypedRow<const void> teacher, TypedRow<void> grad_student,
-           TypedRow<void> grad_teacher, double factor, double* value) {
+  void add(TypedRow student, TypedRow teacher, TypedRow grad_student, TypedRow grad_teacher,
+           double factor, double* value) {
     const int64_t at = count_ * C_;
     entries_[count_] = {grad_student, grad_teacher, value};
     DivergenceRow<Float>& row = pairs_[count_++];
     row.student = load_row(student.data, student.dtype, C_, rows_[0] + at);
     row.teacher = load_row(teacher.data, teacher.dtype, C_, rows_[1] + at);
-    row.grad_student =
-        grad_student.data ? begin_row(grad_student.data, grad_student.dtype, rows_[2] + at) : nullptr;
-    row.grad_teacher =
-        grad_teacher.data ? begin_row(grad_teacher.data, grad_teacher.dtype, rows_[3] + at) : nullptr;
+    row.grad_student = grad_student.data
+                           ? begin_row(grad_student.data, grad_student.dtype, rows_[2] + at)
+                           : nullptr;
+    row.grad_teacher = grad_teacher.data
+                           ? begin_row(grad_teacher.data, grad_teacher.dtype, rows_[3] + at)
+                           : nullptr;
     row.factor = factor;
     if (count_ == divergences_.block()) flush();
   }
@@ -148,7 +153,7 @@ class DivergenceBlock {
 
  private:
   struct Entry {
-    TypedRow<void> grad_student, grad_teacher;
+    TypedRow grad_student, grad_teacher;
     double* value;
   };
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/arena.h"
 #include "cpu/divergences.h"
@@ -14,22 +15,33 @@ namespace kdkernels {
 namespace KDKERNELS_TARGET {
 namespace {
 
-// Element offsets of the rows of several tensors that have the same sizes: [dims] sizes, then [dims]
-// strides of each.
-struct RowLayout {
-  int64_t dims;
-  const int64_t* layout;
+// Where the rows of a tensor begin: [dims] sizes, [dims] strides.
+struct Rows {
+  char* data;
+  DType dtype;
+  int64_t dims, bytes;  // of an element
+  const int64_t *sizes, *strides;
 
-  int64_t stride(int tensor, int64_t dim) const { return layout[(1 + tensor) * dims + dim]; }
-  int64_t operator()(int tensor, int64_t row) const {
-    if (dims == 1) return row * stride(tensor, 0);
-    int64_t offset = 0;
+  Rows(const void* data, DType dtype, int64_t dims, const int64_t* layout, int tensor)
+      : data(static_cast<char*>(const_cast<void*>(data))),
+        dtype(dtype),
+        dims(dims),
+        bytes(size_of(dtype)),
+        sizes(layout),
+        strides(layout + (1 + tensor) * dims) {}
+
+  KDKERNELS_INLINE TypedRow operator[](int64_t row) const {
+    if (data == nullptr) return {nullptr, dtype};
+    if (dims == 1) return {data + row * stride() * bytes, dtype};
+    int64_t element = 0;
     for (int64_t d = dims - 1; d >= 0; d--) {
-      offset += row % layout[d] * stride(tensor, d);
-      row /= layout[d];
+      element += row % sizes[d] * strides[d];
+      row /= sizes[d];
     }
-    return offset;
+    return {data + element * bytes, dtype};
   }
+  // Elements from a row to the next, as far as there is one.
+  int64_t stride() const { return dims > 0 ? strides[dims - 1] : 0; }
 };
 
 template <class Float>
@@ -64,13 +76,12 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
   const int64_t chunk =
       std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C));
   const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
-  const RowLayout at{dims, layout};
-  const DivergenceOptions options{divergence,
-                                  1 / temperature,
-                                  1 / teacher_temperature,
-                                  beta,
-                                  dims > 0 ? at.stride(0, dims - 1) : 0,
-                                  dims > 0 ? at.stride(1, dims - 1) : 0};
+  const Rows students(student, student_dtype, dims, layout, 0);
+  const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
+  const Rows student_grads(grad_student, student_dtype, dims, layout, 2);
+  const Rows teacher_grads(grad_teacher, teacher_dtype, dims, layout, 3);
+  const DivergenceOptions options{divergence, 1 / temperature,   1 / teacher_temperature,
+                                  beta,       students.stride(), teachers.stride()};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
     Arena arena(workspace + omp_get_thread_num() * piece);
@@ -79,16 +90,15 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
     for (int64_t i = 0; i < chunks; i++) {
       const int64_t end = std::min(rows, (i + 1) * chunk);
       for (int64_t r = i * chunk; r < end; r++) {
-        void* const grad_s = grad_student ? offset(grad_student, student_dtype, at(2, r)) : nullptr;
-        void* const grad_t = grad_teacher ? offset(grad_teacher, teacher_dtype, at(3, r)) : nullptr;
         if (weight && weight[r] == 0) {
-          if (grad_s) fill_row(grad_s, student_dtype, C, Float(0));
-          if (grad_t) fill_row(grad_t, teacher_dtype, C, Float(0));
+          for (const Rows* grads : {&student_grads, &teacher_grads}) {
+            const TypedRow row = (*grads)[r];
+            if (row.data) std::memset(row.data, 0, size_t(C * size_of(row.dtype)));
+          }
           row_loss[r] = 0;
         } else {
-          block.add({offset(student, student_dtype, at(0, r)), student_dtype},
-                    {offset(teacher, teacher_dtype, at(1, r)), teacher_dtype}, {grad_s, student_dtype},
-                    {grad_t, teacher_dtype}, factor(r), row_loss + r);
+          block.add(students[r], teachers[r], student_grads[r], teacher_grads[r], factor(r),
+                    row_loss + r);
         }
       }
       block.flush();

@@ -10,7 +10,7 @@ namespace kdkernels {
 using namespace KDKERNELS_TARGET;
 
 extern const Kernels KDKERNELS_JOIN(kernels_, KDKERNELS_TARGET) = {
-    kd_loss_workspace, kd_loss_forward, ctc_loss_workspace, ctc_loss_forward, ctc_align_workspace,
-    ctc_align};
+    kd_loss_workspace, kd_loss_forward,     ctc_loss_workspace,
+    ctc_loss_forward,  ctc_align_workspace, ctc_align};
 
 }  // namespace kdkernels

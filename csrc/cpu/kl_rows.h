@@ -6,8 +6,8 @@
 // d = log p - log q. Rows in which every d is within 1/4 of the others are "near": for them q is
 // never formed. With a reference c in the middle of d0 = scaled difference of the logits, the
 // normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss and the gradient
-// keep their relative accuracy down to identical rows, where both are exactly 0. The other rows take
-// two exponentials a class.
+// keep their relative accuracy down to identical rows, where both are exactly 0. The other rows
+// take two exponentials a class.
 
 #pragma once
 
@@ -33,18 +33,17 @@ using KLRow = DivergenceRow<float>;
 
 struct KLScales {
   float p, q;  // 1 / temperature
-  // Elements from a row to the one that takes its place in the next block: fetched while this one is
-  // computed, since rows are too short for the hardware to notice where they go on.
+  // Elements from a row to the one that takes its place in the next block: fetched while this one
+  // is computed, since rows are too short for the hardware to notice where they go on.
   int64_t p_ahead, q_ahead;
 };
 
 // Rows that go through the steps together: as many as stay in the first cache.
 constexpr int kMaxRows = kLanes<float>;
-inline int rows_in_block(int64_t C) {
-  return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows));
-}
+inline int rows_in_block(int64_t C) { return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows)); }
 
-// Classes summed in float before the sum goes on in double: the rounding error does not grow with C.
+// Classes summed in float before the sum goes on in double: the rounding error does not grow with
+// C.
 constexpr int64_t kSumBlock = 32 * kLanes<float>;
 
 KDKERNELS_INLINE float factor(const KLRow& row, KLScales scale) {
@@ -80,15 +79,16 @@ struct RowStatistics {
   bool nan[kMaxRows];
 };
 
-template <bool kSameTemperature>
+template <bool kSameTemperature, int kVectors>
 void row_statistics(const KLRow* rows, int n, int64_t C, KLScales scale, RowStatistics& s) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   VecF32 p_max[kMaxRows], q_max[kMaxRows], d_max[kMaxRows], d_min[kMaxRows];
   for (int r = 0; r < n; r++) {
     VecF32 p_high = broadcast(-kInf), q_high = p_high, d_high = p_high, d_low = broadcast(kInf);
     VecI32 nan{};
-    for_each_vector<float>(C, [&](int64_t c, int lanes) {
-      const VecF32 p = load_n(rows[r].teacher + c, lanes, -kInf), q = load_n(rows[r].student + c, lanes, -kInf);
+    for_row<float, kVectors>(C, [&](int64_t c, int lanes) {
+      const VecF32 p = load_n(rows[r].teacher + c, lanes, -kInf),
+                   q = load_n(rows[r].student + c, lanes, -kInf);
       const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
       nan |= (p != p) | (q != q);
       p_high = max(p_high, p);
@@ -125,7 +125,8 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf), q = load_n(row.student + c, lanes, -kInf);
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
+                     q = load_n(row.student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]);
         const VecF32 e = exp<float>(p - s.p_max[index[i]], scale.p);
         row_sum += e;
@@ -149,11 +150,13 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf), q = load_n(row.student + c, lanes, -kInf);
+        const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
+                     q = load_n(row.student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
-        if (row.grad_student) store_n(row.grad_student + c, prob * (plus - d) * factor(row, scale), lanes);
+        if (row.grad_student)
+          store_n(row.grad_student + c, prob * (plus - d) * factor(row, scale), lanes);
       });
       kls[i] = row_kl;
     }
@@ -162,9 +165,9 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   for (int i = 0; i < n; i++) rows[index[i]].value = kl[i];
 }
 
-// d of a class of rows that are not near, from the logits less their maxima: what is rounded is small
-// wherever the probability is not. One product where there is one temperature, so that equal logits
-// have d0 = 0 exactly.
+// d of a class of rows that are not near, from the logits less their maxima: what is rounded is
+// small wherever the probability is not. One product where there is one temperature, so that equal
+// logits have d0 = 0 exactly.
 template <bool kSameTemperature>
 KDKERNELS_INLINE VecF32 far_difference(VecF32 p, VecF32 q, KLScales scale) {
   return kSameTemperature ? (p - q) * scale.p : p * scale.p - q * scale.q;
@@ -220,31 +223,34 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   }
 }
 
-// Rows that are not near. Most are as far apart as this: a loss of at least kFarLoss, and a gradient
-// that is at least kFarGradient of the largest probability somewhere; for them KL = sum p d and q - p
-// lose nothing. The others go to close_rows.
+// Rows that are not near. Most are as far apart as this: a loss of at least kFarLoss, and a
+// gradient that is at least kFarGradient of the largest probability somewhere; for them KL = sum p
+// d and q - p lose nothing. The others go to close_rows.
 constexpr double kFarLoss = 0.125;
 constexpr float kFarGradient = 0.1f;
 
-template <bool kSameTemperature>
+template <bool kSameTemperature, int kVectors>
 void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
               const RowStatistics& s, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   double p_sum[kMaxRows] = {}, q_sum[kMaxRows] = {}, p_d[kMaxRows] = {};
-  for (int64_t begin = 0; begin < C; begin += kSumBlock) {
+  constexpr int64_t block = kVectors ? int64_t(kVectors) * kLanes<float> : kSumBlock;
+  for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     VecF32 p_sums[kMaxRows], q_sums[kMaxRows], p_ds[kMaxRows];
     for (int i = 0; i < n; i++) {
       const KLRow& row = rows[index[i]];
       const float p_max = s.p_max[index[i]], q_max = s.q_max[index[i]];
       float *const p_exps = scratch + 2 * index[i] * C, *const q_exps = p_exps + C;
       VecF32 row_p{}, row_q{}, row_p_d{};
-      for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
+      for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(row.teacher + c, lanes, -kInf) - p_max;
         const VecF32 q = load_n(row.student + c, lanes, -kInf) - q_max;
-        __builtin_prefetch(row.teacher + c + scale.p_ahead);
-        __builtin_prefetch(row.student + c + scale.q_ahead);
-        if (row.grad_student) __builtin_prefetch(row.grad_student + c, 1);
+        if constexpr (kVectors == 0) {
+          __builtin_prefetch(row.teacher + c + scale.p_ahead);
+          __builtin_prefetch(row.student + c + scale.q_ahead);
+          if (row.grad_student) __builtin_prefetch(row.grad_student + c, 1);
+        }
         const VecF32 p_exp = exp<float>(p, scale.p), q_exp = exp<float>(q, scale.q);
         const VecF32 d = far_difference<kSameTemperature>(p, q, scale);
         row_p += p_exp;
@@ -276,12 +282,13 @@ void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   for (int i = 0; i < n; i++) {
     const KLRow& row = rows[index[i]];
     const float* const p_exps = scratch + 2 * index[i] * C;
-    const float p_row = float(p_factor[i]) * factor(row, scale), q_row = float(q_factor[i]) * factor(row, scale);
+    const float p_row = float(p_factor[i]) * factor(row, scale),
+                q_row = float(q_factor[i]) * factor(row, scale);
     VecF32 row_largest{};
     if (row.grad_student && p_d[i] >= kFarLoss) {
-      for_each_vector<float>(C, [&](int64_t c, int lanes) {
-        const VecF32 change = load_n(p_exps + C + c, lanes, 0.0f) * q_row -
-                              load_n(p_exps + c, lanes, 0.0f) * p_row;
+      for_row<float, kVectors>(C, [&](int64_t c, int lanes) {
+        const VecF32 change =
+            load_n(p_exps + C + c, lanes, 0.0f) * q_row - load_n(p_exps + c, lanes, 0.0f) * p_row;
         row_largest = max(row_largest, abs<float>(change));
         store_n(row.grad_student + c, change, lanes);
       });
@@ -293,28 +300,32 @@ void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   for (int i = 0; i < n; i++) {
     KLRow& row = rows[index[i]];
     row.value = p_d[i];
-    const float probability = float(std::max(p_factor[i], q_factor[i])) * std::fabs(factor(row, scale));
-    const bool far = p_d[i] >= kFarLoss && (!row.grad_student || maxima[i] >= kFarGradient * probability);
+    const float probability =
+        float(std::max(p_factor[i], q_factor[i])) * std::fabs(factor(row, scale));
+    const bool far =
+        p_d[i] >= kFarLoss && (!row.grad_student || maxima[i] >= kFarGradient * probability);
     close[close_count] = index[i];
     close_count += !far;
   }
   if (close_count) close_rows<kSameTemperature>(rows, close, close_count, C, scale, s, scratch);
   for (int i = 0; i < n; i++) {
     const KLRow& row = rows[index[i]];
-    if (row.grad_student && s.d_max[index[i]] == kInf) {  // classes that are masked in q have no gradient
-      for (int64_t c = 0; c < C; c++) row.grad_student[c] = row.student[c] > -kInf ? row.grad_student[c] : 0.0f;
+    if (row.grad_student &&
+        s.d_max[index[i]] == kInf) {  // classes that are masked in q have no gradient
+      for (int64_t c = 0; c < C; c++)
+        row.grad_student[c] = row.student[c] > -kInf ? row.grad_student[c] : 0.0f;
     }
   }
 }
 
 // n <= rows_in_block(C) rows; scratch [n][2][C]. A row with a NaN, an infinity or no class left
 // gets NaN.
-template <bool kSameTemperature>
+template <bool kSameTemperature, int kVectors>
 void kl_rows(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   RowStatistics s;
-  row_statistics<kSameTemperature>(rows, n, C, scale, s);
+  row_statistics<kSameTemperature, kVectors>(rows, n, C, scale, s);
   const float unit = kSameTemperature ? scale.p : 1.0f;
   int near[kMaxRows], far[kMaxRows], near_count = 0, far_count = 0;
   for (int r = 0; r < n; r++) {
@@ -330,7 +341,7 @@ void kl_rows(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
     }
   }
   if (near_count) near_rows<kSameTemperature>(rows, near, near_count, C, scale, s, scratch);
-  if (far_count) far_rows<kSameTemperature>(rows, far, far_count, C, scale, s, scratch);
+  if (far_count) far_rows<kSameTemperature, kVectors>(rows, far, far_count, C, scale, s, scratch);
 }
 
 }  // namespace KDKERNELS_TARGET

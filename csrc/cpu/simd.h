@@ -42,7 +42,7 @@ struct Simd<float> {
   using VecUnsigned = VecU32;
   static constexpr int kMantissaBits = 23;
   static constexpr Int kBias = 127;
-  static constexpr float kMinExp = -87.0f;  // exp below this is taken as 0
+  static constexpr float kMinExp = -87.0f;      // exp below this is taken as 0
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2; least-maximum fit, error of exp 3e-9.
@@ -218,6 +218,7 @@ KDKERNELS_INLINE V reduce_rows(const V* v, int n, Operation operation) {
   constexpr int lanes = int(sizeof(V) / sizeof(v[0][0]));
   if (n == lanes) return reduce_levels<lanes>(v, n, operation);
   if (n == 1) return reduce_levels<1>(v, n, operation);
+  if (n == 2) return reduce_levels<2>(v, n, operation);
   return reduce_levels<0>(v, n, operation);
 }
 
@@ -294,8 +295,8 @@ KDKERNELS_INLINE Vec<Float> power_of_two(VecInt<Float> n) {
   return (Vec<Float>)(biased << S::kMantissaBits);
 }
 
-// k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than the
-// few operations it adds. V is a vector or a single number.
+// k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than
+// the few operations it adds. V is a vector or a single number.
 template <class Float, int kFirst = 0, class V, int n>
 KDKERNELS_INLINE V polynomial(V x, const double (&k)[n]) {
   V terms[n - kFirst];
@@ -374,6 +375,37 @@ KDKERNELS_INLINE void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + W <= n; i += W) body(i, W);
   if (i < n) body(i, int(n - i));
+}
+
+// The same for a row of kVectors vectors, the last of them perhaps not full; 0: any number.
+template <class Float, int kVectors, class Body>
+KDKERNELS_INLINE void for_row(int64_t n, Body body) {
+  if constexpr (kVectors == 0) {
+    for_each_vector<Float>(n, body);
+  } else {
+    constexpr int W = kLanes<Float>;
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < kVectors; i++) body(int64_t(i * W), W);
+    body(int64_t((kVectors - 1) * W), int(n - (kVectors - 1) * W));
+  }
+}
+
+// Calls function(std::integral_constant<int, vectors>) for a row of n elements: of so few vectors
+// that its loops are best unrolled, else 0.
+template <class Float, class Function>
+KDKERNELS_INLINE void with_row_vectors(int64_t n, Function function) {
+  switch ((n + kLanes<Float> - 1) / kLanes<Float>) {
+    case 1:
+      return function(std::integral_constant<int, 1>());
+    case 2:
+      return function(std::integral_constant<int, 2>());
+    case 3:
+      return function(std::integral_constant<int, 3>());
+    case 4:
+      return function(std::integral_constant<int, 4>());
+    default:
+      return function(std::integral_constant<int, 0>());
+  }
 }
 
 template <class Float>

@@ -53,13 +53,13 @@ def _row_layout(tensors: list[Tensor]) -> array:
         size = tensors[0].shape[dim]
         if size == 1:
             continue
-        if sizes and all(s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors)):
+        if sizes and all(s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors, strict=True)):
             sizes[-1] *= size
-            for s, x in zip(strides, tensors):
+            for s, x in zip(strides, tensors, strict=True):
                 s[-1] = x.stride(dim)
         else:
             sizes.append(size)
-            for s, x in zip(strides, tensors):
+            for s, x in zip(strides, tensors, strict=True):
                 s.append(x.stride(dim))
     return array("q", sizes + [n for s in strides for n in s])
 

@@ -71,10 +71,15 @@ struct Lattice {
   int64_t width;         // pairs (S + 1) in whole vectors, in elements
   const Float* blank_m;  // [T], probability of blank, in (m, e)
   const Int* blank_e;    // [T]
-  const Float* label_m;  // [T][width + W], of label k at element W + k; no label: kZeroSymbol
-  const Int* label_e;    // [T][width + W]
-  const Int* skip;       // [width], -1 where label k - 1 may be followed by label k, else 0
-  int64_t row() const { return width + kLanes<Float>; }
+  // Probabilities of the labels, in (m, e). Of a small alphabet, where registers can be looked up
+  // in, those of its classes, [T][2 W], and the class of each label in `class_of`; else those of
+  // each label, [T][width + W]. Label k is at element W + k of the latter two; where there is no
+  // label is a symbol of probability 0, which in the table takes the place of blank.
+  const Float* label_m;
+  const Int* label_e;
+  const Int* class_of;  // [width + W], or null
+  const Int* skip;      // [width], -1 where label k - 1 may be followed by label k, else 0
+  int64_t row() const { return class_of ? 2 * kLanes<Float> : width + kLanes<Float>; }
 };
 
 // One row of pairs: four arrays of `width` elements, a vector of margin before each and after the
@@ -209,12 +214,33 @@ class Chain {
 
   template <class Body>
   KDKERNELS_INLINE void step(int64_t i, PairRow<Float> from, PairRow<Float> to, Body body) const {
+    // Label k is at element W + k; the pair k of beta has label k - 1.
+    constexpr int64_t first = W - (kForward ? 0 : 1);
+    const Float* const m = lattice_->label_m + frame(i) * lattice_->row();
+    const Int* const e = lattice_->label_e + frame(i) * lattice_->row();
+    if constexpr (kHasLookup<Float>) {
+      if (const Int* const class_of = lattice_->class_of) {
+        const Vec<Float> low_m = load<Vec<Float>>(m), high_m = load<Vec<Float>>(m + W);
+        const VecInt<Float> low_e = load<VecInt<Float>>(e), high_e = load<VecInt<Float>>(e + W);
+        return walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
+          const VecInt<Float> index = load<VecInt<Float>>(class_of + first + j * W);
+          return {lookup(low_m, high_m, index), lookup(low_e, high_e, index)};
+        });
+      }
+    }
+    walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
+      return {load<Vec<Float>>(m + first + j * W), load<VecInt<Float>>(e + first + j * W)};
+    });
+  }
+
+  // probability(j): of the labels of the pairs in vector j.
+  template <class Body, class Probability>
+  KDKERNELS_INLINE void walk(int64_t i, PairRow<Float> from, PairRow<Float> to, Body body,
+                             Probability probability) const {
     const Band now = band(i), before = band(i - 1);
     const int64_t t = frame(i);
     const Number<Float> p_blank{broadcast(lattice_->blank_m[t]),
                                 VecInt<Float>{} + lattice_->blank_e[t]};
-    // Label k is at element W + k of a row of symbols; the pair k of beta has label k - 1.
-    const int64_t at = t * lattice_->row() + W - (kForward ? 0 : 1);
     const bool normalise = i % kPeriod == kPeriod - 1;
     const auto pair = [&](int64_t j, Number<Float> label, Number<Float> neighbour) {
       const Number<Float> blank = from.blank(j);
@@ -223,8 +249,8 @@ class Chain {
       const Number<Float> y = add(label, {skip ? x.m : blank.m, skip ? x.e : blank.e});
       body(j, x, y);
       Number<Float> to_blank{x.m * p_blank.m, x.e + p_blank.e};
-      Number<Float> to_label{y.m * load<Vec<Float>>(lattice_->label_m + at + j * W),
-                             y.e + load<VecInt<Float>>(lattice_->label_e + at + j * W)};
+      const Number<Float> p_label = probability(j);
+      Number<Float> to_label{y.m * p_label.m, y.e + p_label.e};
       if (normalise) {
         to_blank = normalised(to_blank);
         to_label = normalised(to_label);

@@ -25,8 +25,8 @@ struct SoftmaxRow {
 
 // n <= lanes rows of logits. `ahead`: elements from a row to the one that takes its place in the
 // next call, to be fetched meanwhile.
-template <class Float>
-void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
+template <class Float, int kVectors>
+void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   using V = Vec<Float>;
   constexpr int W = kLanes<Float>;
   constexpr Float kInf = std::numeric_limits<Float>::infinity();
@@ -34,7 +34,7 @@ void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   for (int r = 0; r < n; r++) {
     V high = broadcast(-kInf);
     VecInt<Float> nan{};
-    for_each_vector<Float>(C, [&](int64_t c, int lanes) {
+    for_row<Float, kVectors>(C, [&](int64_t c, int lanes) {
       const V x = load_n(rows[r].logits + c, lanes, -kInf);
       nan |= x != x;
       high = max(high, x);
@@ -51,14 +51,15 @@ void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
     if (!row.valid) row.max = 0;
     sums[r] = -1;
   }
-  constexpr int64_t block = 32 * W;  // summed in Float before the sum goes on in double
-  for (int64_t begin = 0; begin < C; begin += block) {
+  // Summed in Float before the sum goes on in double.
+  constexpr int64_t block = (kVectors ? kVectors : 32) * W;
+  for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     // Classes that share the maximum are counted, so that the others' sum is not rounded to them.
     V rest[W], ones[W];
     for (int r = 0; r < n; r++) {
       const SoftmaxRow<Float>& row = rows[r];
       V sum{}, count{};
-      for_each_vector<Float>(std::min(block, C - begin), [&](int64_t i, int lanes) {
+      for_row<Float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
         const V x = load_n(row.logits + begin + i, lanes, -kInf) - row.max;
         __builtin_prefetch(row.logits + begin + i + ahead, 0, 2);
         const V e = exp<Float>(x);
@@ -72,6 +73,12 @@ void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
     add_rows(ones, n, sums);
   }
   for (int r = 0; r < n; r++) rows[r].rest = sums[r];
+}
+
+template <class Float>
+void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
+  with_row_vectors<Float>(
+      C, [&](auto vectors) { softmax_rows_of<Float, vectors()>(rows, n, C, ahead); });
 }
 
 // exp(max) times the sum of the exponentials, so that a logit becomes a probability in (m, e).

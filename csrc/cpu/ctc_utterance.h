@@ -83,6 +83,7 @@ class Utterance {
     blank_e_ = arena.take<Int>(T);
     label_m_ = arena.take<Float>(T * (width + W));
     label_e_ = arena.take<Int>(T * (width + W));
+    class_of_ = arena.take<Int>(width + W);
     skip_ = arena.take<Int>(width);
     label_ = arena.take<int32_t>(S);
     symbol_ = arena.take<int32_t>(S);
@@ -116,7 +117,13 @@ class Utterance {
     loss_ = !labelled_ || (T_ == 0 && S_ == 0) ? 0.0 : kInfinity;
     runs_ = labelled_ && T_ > 0 && T_ >= S_ + repeats;
     if (!runs_) scale_ = 0;
-    lattice_ = {T_, S_, width, blank_m_, blank_e_, label_m_, label_e_, skip_};
+    const bool table = kHasLookup<Float> && problem.C <= 2 * W;
+    if (table) {
+      std::fill(class_of_, class_of_ + width + W, Int(problem.blank));
+      std::copy(label_, label_ + S_, class_of_ + W);
+    }
+    lattice_ = {
+        T_, S_, width, blank_m_, blank_e_, label_m_, label_e_, table ? class_of_ : nullptr, skip_};
     for (Occupancies<Float>& o : occupancies_) o.begin(S_, symbol_, symbols_);
   }
 
@@ -144,12 +151,12 @@ class Utterance {
       loss_ = kNotANumber;
       return;
     }
+    const int64_t row = lattice_.row(), first = lattice_.class_of ? 0 : W;
     for (int64_t t = 0; t < T_; t++) {
       const SoftmaxScale<Float> scale(Float(max_[t]), 1 + rest_[t]);
-      Float* const m = label_m_ + t * lattice_.row() + W;
-      Int* const e = label_e_ + t * lattice_.row() + W;
-      for (int64_t k = S_; k < lattice_.width; k++) m[k] = Float(-kInfinity);
-      for (int64_t k = 0; k < lattice_.width; k += W) {
+      Float* const m = label_m_ + t * row;
+      Int* const e = label_e_ + t * row;
+      for (int64_t k = first; k < row; k += W) {
         const Number<Float> p = to_probability(load<Vec<Float>>(m + k), scale);
         store(m + k, p.m);
         store(e + k, p.e);
@@ -157,8 +164,9 @@ class Utterance {
       const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
       blank_m_[t] = blank.m[0];
       blank_e_[t] = blank.e[0];
-      m[-1] = 1;
-      e[-1] = kZeroSymbol<Float>;
+      const int64_t none = lattice_.class_of ? problem_->blank : W - 1;
+      m[none] = 1;
+      e[none] = kZeroSymbol<Float>;
     }
     alpha_.begin(&lattice_, memory_[0]);
     beta_.begin(&lattice_, memory_[1]);
@@ -273,10 +281,21 @@ class Utterance {
         max_[t] = double(rows[i].max);
         rest_[t] = rows[i].valid ? rows[i].rest : kNotANumber;
         blank_m_[t] = rows[i].logits[p.blank];
-        Float* const label = label_m_ + t * lattice_.row() + W;
-        for (int64_t k = 0; k < S_; k++) label[k] = rows[i].logits[label_[k]];
+        label_logits(rows[i].logits, label_m_ + t * lattice_.row());
       }
       if (p.grad.data) gradient_row(t, rows[i], scratch, i);
+    }
+  }
+
+  // The logits that become the probabilities of Lattice::label_m, and -inf where there is no label.
+  void label_logits(const Float* logits, Float* row) const {
+    const int64_t C = problem_->C, size = lattice_.row();
+    if (lattice_.class_of) {
+      std::copy(logits, logits + C, row);
+      std::fill(row + C, row + size, Float(-kInfinity));
+    } else {
+      for (int64_t k = 0; k < S_; k++) row[W + k] = logits[label_[k]];
+      std::fill(row + W + S_, row + size, Float(-kInfinity));
     }
   }
 
@@ -425,7 +444,7 @@ class Utterance {
 
   double *max_, *rest_, *kd_;  // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *label_m_;  // see Lattice
-  Int *blank_e_, *label_e_, *skip_;
+  Int *blank_e_, *label_e_, *class_of_, *skip_;
   Float* dense_;              // [T][S + 1], dense gradient at each symbol and at blank
   int32_t* label_;            // [S]
   int32_t* symbol_;           // [S], number of the label among the distinct ones

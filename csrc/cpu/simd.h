@@ -337,6 +337,25 @@ KDKERNELS_INLINE Vec<Float> expm1_plus(Vec<Float> x) {
   return x * x * polynomial<Float>(-x, Simd<Float>::kExpm1);
 }
 
+// A table of two vectors in registers, where this instruction set can look lanes up in one.
+template <class Float>
+constexpr bool kHasLookup =
+#if defined(__AVX512F__)
+    sizeof(Float) == 4;
+#else
+    false;
+#endif
+
+template <class V>
+KDKERNELS_INLINE V lookup(V low, V high, VecI32 index) {
+#if defined(__AVX512F__)
+  return (V)_mm512_permutex2var_epi32((__m512i)low, (__m512i)index, (__m512i)high);
+#else
+  (void)high, (void)index;
+  return low;  // never called: kHasLookup
+#endif
+}
+
 // Lane i takes lane i - 1 of `v`; lane 0 takes the last lane of `before`.
 template <class V>
 KDKERNELS_INLINE V shift_up(V before, V v) {

@@ -53,7 +53,9 @@ def _row_layout(tensors: list[Tensor]) -> array:
         size = tensors[0].shape[dim]
         if size == 1:
             continue
-        if sizes and all(s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors, strict=True)):
+        if sizes and all(
+            s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors, strict=True)
+        ):
             sizes[-1] *= size
             for s, x in zip(strides, tensors, strict=True):
                 s[-1] = x.stride(dim)

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cpu/arena.h"
-#include "cpu/simd.h"
+#include "cpu/simd_lanes.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {

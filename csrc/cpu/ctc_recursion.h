@@ -18,7 +18,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {

@@ -9,7 +9,8 @@
 #include <limits>
 
 #include "cpu/ctc_recursion.h"
-#include "cpu/simd.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {

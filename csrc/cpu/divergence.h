@@ -12,7 +12,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/simd.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
 #include "kdkernels.h"
 
 namespace kdkernels {

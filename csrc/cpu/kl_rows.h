@@ -16,7 +16,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/simd.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {

@@ -1,0 +1,91 @@
+// Functions of vectors. Each says its range and its error; none needs fast-math.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+// 2^n for integer n in [-kBias, kBias], 0 for smaller n.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> power_of_two(VecInt<Float> n) {
+  using S = Simd<Float>;
+  const VecInt<Float> biased = max(n + S::kBias, VecInt<Float>{});
+  return (Vec<Float>)(biased << S::kMantissaBits);
+}
+
+// k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than
+// the few operations it adds. V is a vector or a single number.
+template <class Float, int kFirst = 0, class V, int n>
+KDKERNELS_INLINE V polynomial(V x, const double (&k)[n]) {
+  V terms[n - kFirst];
+  for (int i = 0; i < n - kFirst; i++) terms[i] = V{} + Float(k[kFirst + i]);
+#pragma GCC unroll 4
+  for (int count = n - kFirst; count > 1; count = (count + 1) / 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; i++) terms[i] = terms[2 * i + 1] * x + terms[2 * i];
+    if (count % 2) terms[count / 2] = terms[count - 1];
+    x = x * x;
+  }
+  return terms[0];
+}
+
+// e^r for |r| <= ln(2)/2; V is a vector or a single number.
+template <class Float, class V>
+KDKERNELS_INLINE V small_exp(V r) {
+  return polynomial<Float>(r, Simd<Float>::kExp) * (r * r) + (r + Float(1));
+}
+
+// e^(x scale) for x <= 0 (and a little above), relative error 1e-7 (float); exactly 1 at 0, 0 where
+// it would be below e^kMinExp.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
+  using S = Simd<Float>;
+  using U = typename S::VecUnsigned;  // its overflow is defined, in lanes that are not taken
+  const Vec<Float> scaled = x * scale;
+  const Vec<Float> shifted = x * Float(scale * kLog2e) + S::kRound;
+  const Vec<Float> n = shifted - S::kRound;
+  const Vec<Float> r = (scaled - n * S::kLn2Hi) - n * S::kLn2Lo;
+  const U y = (U)small_exp<Float>(r) + ((U)shifted << S::kMantissaBits);
+  return scaled >= S::kMinExp ? (Vec<Float>)y : Vec<Float>{};
+}
+
+// expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4: never negative, relative error 1e-7 (float).
+template <class Float>
+KDKERNELS_INLINE Vec<Float> expm1_plus(Vec<Float> x) {
+  return x * x * polynomial<Float>(-x, Simd<Float>::kExpm1);
+}
+
+// 2 artanh(r) / r for |r| < 0.18, relative error 1e-17.
+KDKERNELS_INLINE VecF64 artanh_ratio(VecF64 r) {
+  const VecF64 square = r * r;
+  VecF64 y = broadcast(2.0 / 27);
+#pragma GCC unroll 16
+  for (int k = 25; k >= 1; k -= 2) y = y * square + 2.0 / k;
+  return y;
+}
+
+// x[i] = log2(1 + x[i]) for x >= 0, absolute error 1e-16.
+inline void log2_1p(double* x, int64_t n) {
+  for_each_vector<double>(n, [&](int64_t i, int lanes) {
+    const VecF64 u = load_n(x + i, lanes, 0.0) + 1.0;
+    const VecI64 exponent = ((VecI64)u - (VecI64)broadcast(0.7071067811865476)) >> 52;
+    const VecF64 f = (VecF64)((VecI64)u - (exponent << 52)) - 1.0;
+    const VecF64 r = f / (f + 2.0);
+    store_n(x + i, __builtin_convertvector(exponent, VecF64) + artanh_ratio(r) * r * kLog2e, lanes);
+  });
+}
+
+// x[i] = log(1 + x[i]) for |x| < 0.3, relative error 1e-16.
+inline void log_1p_near_zero(double* x, int64_t n) {
+  for_each_vector<double>(n, [&](int64_t i, int lanes) {
+    const VecF64 f = load_n(x + i, lanes, 0.0), r = f / (f + 2.0);
+    store_n(x + i, artanh_ratio(r) * r, lanes);
+  });
+}
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

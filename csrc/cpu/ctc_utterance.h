@@ -231,11 +231,12 @@ class Utterance {
     const Problem<Float>& p = *problem_;
     const int n = int(end - begin);
     const bool softmax = p.grad.data && !p.posteriors && scale_ != 0;
-    SoftmaxRow<Float> rows[W];
+    SoftmaxRow<Float> rows[W] = {};
     for (int i = 0; i < n; i++) {
       const int64_t t = begin + i;
       rows[i].logits = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
       rows[i].exponentials = softmax ? scratch.dense + i * p.C : nullptr;
+      rows[i].valid = true;  // of an utterance without a transcript nobody asks
     }
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
     for (int i = 0; i < n; i++) {

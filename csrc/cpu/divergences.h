@@ -57,13 +57,7 @@ class Divergences {
   void fast(DivergenceRow<float>* rows, int n) const {
     const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
                          n * options_.teacher_stride, n * options_.student_stride};
-    with_row_vectors<float>(C_, [&](auto vectors) {
-      if (options_.student_scale == options_.teacher_scale) {
-        kl_rows<true, vectors()>(rows, n, C_, scale, scratch_);
-      } else {
-        kl_rows<false, vectors()>(rows, n, C_, scale, scratch_);
-      }
-    });
+    kl_rows(rows, n, C_, scale, scratch_);
   }
 
   void wide(DivergenceRow<Float>& row) const {

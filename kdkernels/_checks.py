@@ -24,6 +24,9 @@ def bad_type(op, name, expected, got):
     return TypeError(f"{op}: expected `{name}` {expected}, got {got}")
 
 
+LOWEST_TEMPERATURE = 1e-30  # its inverse is a float32; what is below is taken for 0
+
+
 def logits(op, name, x):
     """`x` as the backends take it: its last stride 1."""
     if not isinstance(x, torch.Tensor):
@@ -34,6 +37,7 @@ def logits(op, name, x):
         raise bad_value(
             op, name, "with at least one class in the last dim", f"shape {tuple(x.shape)}"
         )
+    x = x.resolve_neg()  # kernels read memory as it is
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -78,13 +82,13 @@ def number(op, name, value):
 def distillation(op, temperature, teacher_temperature, divergence, beta):
     """The two temperatures and beta, as floats."""
     temperature = number(op, "temperature", temperature)
-    if temperature <= 0:
+    if temperature < LOWEST_TEMPERATURE:
         raise bad_value(op, "temperature", "> 0", temperature)
     if teacher_temperature is None:
         teacher_temperature = temperature
     else:
         teacher_temperature = number(op, "teacher_temperature", teacher_temperature)
-        if teacher_temperature <= 0:
+        if teacher_temperature < LOWEST_TEMPERATURE:
             raise bad_value(op, "teacher_temperature", "> 0", teacher_temperature)
     choice(op, "divergence", divergence, DIVERGENCES)
     beta = number(op, "beta", beta)

@@ -137,8 +137,8 @@ def ctc_kd_loss(
         and any(wanted)
     ):
         # A gradient divided by the number of frames is too small for float16; a loss scale comes
-        # only afterwards.
-        scale = 2.0 ** ((N * min(T, 4096)) | 1).bit_length()
+        # only afterwards. No larger than this: there may be few frames or utterances that count.
+        scale = min(2.0 ** (N * T).bit_length(), 4096.0)
     options = (
         blank,
         reduction,
@@ -149,7 +149,7 @@ def ctc_kd_loss(
         teacher_temperature,
         divergence,
         beta,
-        rescale,
+        bool(rescale),
     )
     arguments = (student_logits, teacher_logits, *tensors, labelled, frame_weight)
     terms = _op.call(op, arguments, options, wanted, backend)

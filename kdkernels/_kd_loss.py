@@ -98,7 +98,7 @@ def kd_loss(
         divergence,
         beta,
         reduction if divisor is None else "sum",
-        rescale,
+        bool(rescale),
     )
     (loss,) = _op.call(op, (student_logits, teacher_logits, weight), options, wanted, backend)
     return loss if divisor is None else loss / divisor

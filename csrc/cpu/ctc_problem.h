@@ -44,6 +44,11 @@ struct Problem {
   double weight(int64_t t, int64_t n) const {
     return frame_weight ? double(frame_weight[t * N + n]) : 1.0;
   }
+  // Of the divergence of a frame; where it is 0 the teacher's frame is not read.
+  double kd_frame_factor(int64_t t, int64_t n) const { return weight(t, n) * kd_factor; }
+  bool has_kd_gradient(int64_t t, int64_t n) const {
+    return grad.data && teacher.data && kd_scale != 0 && kd_frame_factor(t, n) != 0;
+  }
 };
 
 }  // namespace KDKERNELS_TARGET

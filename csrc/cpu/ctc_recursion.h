@@ -136,11 +136,12 @@ class Chain {
     return (block + 1 + blocks + 2) * PairRow<Float>::elements(width);
   }
 
-  // `lattice` must outlive the chain's use, `memory` have workspace(...) elements.
-  void begin(const Lattice<Float>* lattice, Float* memory) {
+  // `lattice` must outlive the chain's use. `memory` has workspace(T, width) elements for a T and a
+  // width that are no smaller than the lattice's, and `block` is block_rows of the same two.
+  void begin(const Lattice<Float>* lattice, Float* memory, int64_t block) {
     lattice_ = lattice;
     elements_ = PairRow<Float>::elements(lattice->width);
-    block_ = block_rows(lattice->T, lattice->width);
+    block_ = block;
     rows_ = memory;
     checkpoints_ = rows_ + (block_ + 1) * elements_;
     current_ = checkpoints_ + ((lattice->T / 2 + 1) / block_ + 1) * elements_;

@@ -100,11 +100,18 @@ struct SoftmaxScale {
 template <class Float>
 KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<Float>& scale) {
   using S = Simd<Float>;
-  x = max(x, broadcast(scale.max + Float(kZeroSymbol<Float> * kLn2)));
-  const Vec<Float> d = x - scale.max, minus_max = d - x;
-  const Vec<Float> lost = (x - (d - minus_max)) - (scale.max + minus_max);
-  const Vec<Float> n = (d * Float(kLog2e) + S::kRound) - S::kRound;
-  const Vec<Float> r = ((d - n * S::kLn2Hi) - n * S::kLn2Lo) + lost;
+  using V = Vec<Float>;
+  const Float lowest = Float(kZeroSymbol<Float> * kLn2);
+  const V difference = x - scale.max, minus_max = difference - x;
+  const V lost = (x - (difference - minus_max)) - (scale.max + minus_max);
+  const V d = max(broadcast(lowest), difference);
+  // n in two steps, since there are more of them than kRound has room for, and each product exact.
+  const V quotient = d * Float(kLog2e);
+  const V coarse = ((quotient * Float(1.0 / 4096) + S::kRound) - S::kRound) * Float(4096);
+  const V fine = ((quotient - coarse) + S::kRound) - S::kRound;
+  const V n = coarse + fine;
+  V r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
+  r = d > lowest ? r + lost : V{};
   return {small_exp<Float>(r) * scale.inverse_m,
           __builtin_convertvector(n, VecInt<Float>) - scale.e};
 }

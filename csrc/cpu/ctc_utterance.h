@@ -53,6 +53,7 @@ class Utterance {
     symbol_label_ = arena.take<int32_t>(most_symbols(C, S));
     symbol_of_label_ = arena.take<int32_t>(C);
     dense_ = arena.take<Float>(T * (most_symbols(C, S) + 1));
+    block_ = Chain<Float, true>::block_rows(T, width);
     memory_[0] = arena.take<Float>(Chain<Float, true>::workspace(T, width));
     memory_[1] = arena.take<Float>(Chain<Float, false>::workspace(T, width));
   }
@@ -131,8 +132,8 @@ class Utterance {
       m[none] = 1;
       e[none] = kZeroSymbol<Float>;
     }
-    alpha_.begin(&lattice_, memory_[0]);
-    beta_.begin(&lattice_, memory_[1]);
+    alpha_.begin(&lattice_, memory_[0], block_);
+    beta_.begin(&lattice_, memory_[1], block_);
   }
 
   // The halves, of one direction or of both in turns: each alone waits for its own last row.
@@ -266,7 +267,7 @@ class Utterance {
   void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
     const Problem<Float>& p = *problem_;
     void* const grad = p.grad.row(t, n_);
-    const Float* const kd = p.teacher.data && p.weight(t, n_) != 0 ? scratch.kd + i * p.C : nullptr;
+    const Float* const kd = p.has_kd_gradient(t, n_) ? scratch.kd + i * p.C : nullptr;
     const bool ctc = row.exponentials || scale_ != scale_;
     const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
     Float* const scratch_row = scratch.dense + i * p.C;
@@ -290,21 +291,22 @@ class Utterance {
     const Problem<Float>& p = *problem_;
     end = std::min(end, T_);
     for (int64_t t = begin; t < end; t++) {
-      const double weight = p.weight(t, n_) * p.kd_factor;
-      void* const grad_teacher = p.grad_teacher.row(t, n_);
+      const double weight = p.kd_frame_factor(t, n_);
+      void* grad_teacher = p.grad_teacher.row(t, n_);
       kd_[t] = 0;
-      if (weight == 0) {
-        if (grad_teacher) fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
-        continue;
+      if (grad_teacher && (weight == 0 || p.kd_scale == 0)) {
+        fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
+        grad_teacher = nullptr;
       }
+      if (weight == 0) continue;
       scratch.kd_block.add(
           {p.logits.row(t, n_), p.logits.dtype}, {p.teacher.row(t, n_), p.teacher.dtype},
-          {p.grad.data ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
+          {p.has_kd_gradient(t, n_) ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
           {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
     }
     scratch.kd_block.flush();
     for (int64_t t = begin; t < end; t++) {
-      if (kd_[t] != 0) kd_[t] *= p.weight(t, n_) * p.kd_factor;
+      if (kd_[t] != 0) kd_[t] *= p.kd_frame_factor(t, n_);
     }
   }
 
@@ -396,6 +398,8 @@ class Utterance {
   }
 
   const Problem<Float>* problem_ = nullptr;
+  int64_t block_ =
+      0;  // rows of a chain that are kept, for the largest utterance there is memory for
   int64_t n_ = 0, T_ = 0, S_ = 0, symbols_ = 0;
   bool labelled_ = false, runs_ = false;
   double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
@@ -409,7 +413,7 @@ class Utterance {
   double *max_, *rest_, *kd_;  // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *label_m_;  // see Lattice
   Int *blank_e_, *label_e_, *class_of_, *skip_;
-  Float* dense_;              // [T][S + 1], dense gradient at each symbol and at blank
+  Float* dense_;              // [T][symbols + 1], dense gradient at each symbol and at blank
   int32_t* label_;            // [S]
   int32_t* symbol_;           // [S], number of the label among the distinct ones
   int32_t* symbol_label_;     // [symbols]

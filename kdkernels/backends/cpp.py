@@ -41,8 +41,20 @@ def _float_dtype(*logits: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
+
+
 def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    return _empty((size,), torch.uint8)
+
+
+def _gradient_of(logits: Tensor) -> Tensor:
+    """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
+    gradient = torch.empty_like(logits)
+    if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
+        return _empty(tuple(logits.shape), logits.dtype)
+    return gradient
 
 
 def _row_layout(tensors: list[Tensor]) -> array:
@@ -84,8 +96,8 @@ def kd_loss_forward(
     dtype = _float_dtype(student_logits, teacher_logits)
     if weight is not None:
         weight = weight.to(dtype).expand(shape).contiguous()
-    grad_student = torch.empty_like(student_logits) if student_grad else None
-    grad_teacher = torch.empty_like(teacher_logits) if teacher_grad else None
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
     layout = _row_layout(
         [
             student_logits,
@@ -94,8 +106,8 @@ def kd_loss_forward(
             teacher_logits if grad_teacher is None else grad_teacher,
         ]
     )
-    row_loss = torch.empty(rows, dtype=torch.float64)
-    loss = torch.empty(shape if reduction == "none" else (), dtype=dtype)
+    row_loss = _empty((rows,), torch.float64)
+    loss = _empty(tuple(shape) if reduction == "none" else (), dtype)
     threads = torch.get_num_threads()
     workspace = _workspace(_kernels.kd_loss_workspace(C, threads))
     _kernels.kd_loss_forward(
@@ -134,7 +146,7 @@ class _Labels:
         self.targets = targets.to("cpu", torch.int64).contiguous()
         if targets.dim() == 2:
             N, self.longest = targets.shape
-            self.offsets = torch.arange(N).mul_(self.longest)
+            self.offsets = torch.arange(N, device="cpu").mul_(self.longest)
         else:
             self.longest = int(self.target_lengths.max()) if len(self.target_lengths) else 0
             self.offsets = self.target_lengths.cumsum(0) - self.target_lengths
@@ -222,8 +234,8 @@ def ctc_loss_forward(
     zero_infinity: bool,
     grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    loss = torch.empty(logits.shape[1:2] if reduction == "none" else (), dtype=_float_dtype(logits))
-    gradient = torch.empty_like(logits) if grad else None
+    loss = _empty((logits.shape[1],) if reduction == "none" else (), _float_dtype(logits))
+    gradient = _gradient_of(logits) if grad else None
     _ctc(
         logits,
         targets,
@@ -262,9 +274,9 @@ def ctc_kd_loss_forward(
     T, N, _ = student_logits.shape
     dtype = _float_dtype(student_logits, teacher_logits)
     shape = (N,) if reduction == "none" else ()
-    loss, ctc, kd = (torch.empty(shape, dtype=dtype) for _ in range(3))
-    grad_student = torch.empty_like(student_logits) if student_grad else None
-    grad_teacher = torch.empty_like(teacher_logits) if teacher_grad else None
+    loss, ctc, kd = (_empty(shape, dtype) for _ in range(3))
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
     if labelled is not None:
         labelled = labelled.to("cpu", torch.bool).contiguous()
     if frame_weight is not None:
@@ -297,7 +309,7 @@ def ctc_kd_loss_forward(
 def ctc_posteriors(
     logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
 ) -> Tensor:
-    occupancy = torch.empty(logits.shape, dtype=_float_dtype(logits))
+    occupancy = _empty(tuple(logits.shape), _float_dtype(logits))
     _ctc(
         logits,
         targets,
@@ -318,8 +330,8 @@ def ctc_align(
 ) -> tuple[Tensor, Tensor]:
     T, N, C = logits.shape
     labels = _Labels(targets, input_lengths, target_lengths)
-    paths = torch.empty((N, T), dtype=torch.int64)
-    scores = torch.empty(N, dtype=_float_dtype(logits))
+    paths = _empty((N, T), torch.int64)
+    scores = _empty((N,), _float_dtype(logits))
     threads = torch.get_num_threads()
     workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, threads))
     _kernels.ctc_align(

@@ -21,8 +21,8 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
 // The kernels of one instruction set. Integers of Python arrive as int64_t, the three enumerations
 // above as their values.
 struct Kernels {
-  // ---- kd_loss
-  // -----------------------------------------------------------------------------------
+  // kd_loss
+
   int64_t (*kd_loss_workspace)(int64_t C, int64_t threads);
 
   // Divergence of each row of logits and its gradients, in one visit of each row.
@@ -39,11 +39,11 @@ struct Kernels {
                           void* loss,          // [rows] for Reduction::none, else [1] (out)
                           void* grad_student,  // [rows][C], dtype of the student, or null (out)
                           void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
-                          void* row_loss,      // [rows] float64, workspace
+                          void* row_loss,      // [rows] float64, scratch
                           void* workspace, int64_t threads);
 
-  // ---- ctc_loss, ctc_kd_loss, ctc_posteriors
-  // -----------------------------------------------------
+  // ctc_loss, ctc_kd_loss, ctc_posteriors
+
   int64_t (*ctc_loss_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
   // CTC loss of each utterance and its gradient; with a teacher the divergence of each frame as
@@ -61,14 +61,15 @@ struct Kernels {
       const uint8_t* labelled,   // [N], or null: all
       const void* frame_weight,  // [T][N], or null: all ones
       double ctc_weight, double kd_weight, double temperature, double teacher_temperature,
-      int64_t divergence, double beta, int64_t rescale, void* loss, void* ctc,
-      void* kd,  // [N] for Reduction::none, else [1] (out); null: not wanted
+      int64_t divergence, double beta, int64_t rescale,
+      // [N] for Reduction::none, else [1] (out); null: not wanted
+      void* loss, void* ctc, void* kd,                           //
       void* grad, int64_t grad_stride_t, int64_t grad_stride_n,  // [T][N][C], or null (out)
       void* grad_teacher, int64_t grad_teacher_stride_t, int64_t grad_teacher_stride_n,  // the same
       void* workspace, int64_t threads);
 
-  // ---- ctc_align
-  // ---------------------------------------------------------------------------------
+  // ctc_align
+
   int64_t (*ctc_align_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
 
   // Viterbi path of each utterance and its log-probability.

@@ -36,7 +36,7 @@ def kd_loss(
     times its weight, and times :math:`\tau_s^2` with `rescale`. The sum for the forward KL has the
     value of :math:`\sum_c p_t d`, because both distributions sum to 1, and terms that are never
     negative: near convergence it is accurate where the usual form has lost every digit. The
-        gradient of a row with respect to `s` is
+    gradient of a row with respect to `s` is
     :math:`(p_s - p_t) / \tau_s` for the forward KL; identical logits give a loss and a gradient of
     exactly 0.
 

@@ -70,11 +70,10 @@ class Divergences {
       if constexpr (sizeof(Float) == 8) return x;
       return x ? scratch : nullptr;
     };
-    const double *const student = input(row.student, wide_[0]), *const teacher =
-                                                                    input(row.teacher, wide_[1]);
-    double *const grad_student = output(row.grad_student, wide_[2]), *const grad_teacher =
-                                                                         output(row.grad_teacher,
-                                                                                wide_[3]);
+    const double* const student = input(row.student, wide_[0]);
+    const double* const teacher = input(row.teacher, wide_[1]);
+    double* const grad_student = output(row.grad_student, wide_[2]);
+    double* const grad_teacher = output(row.grad_teacher, wide_[3]);
     RowPair pair{teacher,  student, options_.teacher_scale, options_.student_scale, C_,
                  wide_[4], wide_[5]};
     RowGradients grad{grad_teacher, grad_student, row.factor * options_.teacher_scale,

@@ -1,6 +1,6 @@
-// Every step goes through all rows of the block before the
-// next begins, so that what is done once a row (the sums over its lanes, its logarithm) is done for
-// a vector of rows. A row's result does not depend on the rows beside it.
+// Every step goes through all rows of the block before the next begins, so that what is done once a
+// row (the sums over its lanes, its logarithm) is done for a vector of rows. A row's result does
+// not depend on the rows beside it.
 //
 // d = log p - log q. Rows in which every d is within 1/4 of the others are "near": for them q is
 // never formed. With a reference c in the middle of d0 = scaled difference of the logits, the

@@ -22,7 +22,7 @@ def table(result: dict) -> str:
         "logits to gradient (forward and backward), median times. Made by "
         "`python benchmarks/compare.py`.",
         "",
-        "| op | shape | this package | eager torch | torch.compile | peak memory | of eager torch |",
+        "| op | shape | this package | eager torch | torch.compile | peak memory | eager's peak |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -337,8 +337,8 @@ class Utterance {
   }
 
   // Step i of a chain is the same frame as step T - 1 - i of the other. Step i of one chain against
-  // step `other_i` of the other: for each vector of pairs the products of the two, of the blanks and
-  // of the labels.
+  // step `other_i` of the other: for each vector of pairs the products of the two, of the blanks
+  // and of the labels.
   template <bool kForward, class Body>
   KDKERNELS_INLINE void visit(Chain<Float, kForward>& chain, int64_t i,
                               Chain<Float, !kForward>& other, int64_t other_i, Body body) {

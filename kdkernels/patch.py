@@ -60,7 +60,8 @@ def patch(*, backend=None):
     ``torch.nn.CTCLoss`` and model libraries that call ``torch.nn.functional.ctc_loss`` follow at
     once; a name bound before (``from torch.nn.functional import ctc_loss``) does not. Losses and
     gradients are those of torch for log-probabilities, except that an impossible target has a
-    gradient of 0 and not NaN, and that labels and lengths out of range are errors.
+    gradient of 0 and not NaN, and that these are errors: labels and lengths out of range, a
+    label that is the blank, targets that are not integers, lengths that are not `[N]`.
 
     Use it as a context manager (``with kdkernels.patch(): ...``), or call it for good and undo it
     with ``handle = kdkernels.patch(); ...; handle.restore()``. Patches nest, in any order.

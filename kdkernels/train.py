@@ -1,4 +1,4 @@
-"""`python -m kdkernels.train`: what a distilled student gains over a student alone, on real audio.
+"""`python -m kdkernels.train`: what a distilled student gains over a student alone, on speech.
 
     prepare         speech (synthesised, or manifests) -> features           CACHE/features-*
     train_teacher   CTC on every transcript                                  OUT/teacher
@@ -32,7 +32,11 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "kdkernels").startswith("kdkernels"):
         raise
-    print(f'error: {error.name} is missing: pip install "kdkernels[train]"', file=sys.stderr)
+    print(
+        f'error: {error.name} is missing: pip install "kdkernels[train]", '
+        'or pip install -e ".[train]" in a checkout',
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 

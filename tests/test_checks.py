@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import problem, randn
 
+import kdkernels
+
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 CTC = ("ctc_loss", "ctc_posteriors", "ctc_align", "ctc_kd_loss")
 P = problem(T=12, N=3, C=7, S=4, seed=1)
@@ -207,3 +209,15 @@ def test_another_device(on):
         on.kd_loss(x, T.to(other))
     with pytest.raises(ValueError, match=r"^kd_loss: expected `weight` on .*, got meta"):
         on.kd_loss(x, T.to(on.device), weight=torch.ones(2, 3, device=other))
+
+
+def test_kd_weight_that_would_make_the_ctc_weight_negative(on):
+    with pytest.raises(ValueError, match=r"expected `kd_weight` in \[0, 1\] where no ctc_weight"):
+        call(on, "ctc_kd_loss", kd_weight=3.0)
+    call(on, "ctc_kd_loss", kd_weight=3.0, ctc_weight=1.0)
+
+
+def test_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"expected KDKERNELS_BACKEND in \['cpp', 'reference'\]"):
+        kdkernels.kd_loss(P.logits, P.logits)

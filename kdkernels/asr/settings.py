@@ -116,6 +116,8 @@ def problem(settings: Settings) -> str | None:
         if not (0 < value < math.inf or (zero and value == 0)):
             least = "at least 0" if zero else "greater than 0"
             return f"--{setting.name.replace('_', '-')} must be {least}, got {value}"
+    if settings.temperature < 1e-30:
+        return f"--temperature must be at least 1e-30, got {settings.temperature}"
     if settings.untranscribed_share >= 1:
         return f"--untranscribed-share must be in (0, 1), got {settings.untranscribed_share}"
     manifests = (settings.transcribed, settings.untranscribed, settings.test)

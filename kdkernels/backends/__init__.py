@@ -53,7 +53,11 @@ def available(op, device_type="cpu"):
 def select(op, device_type, backend=None):
     """The function that runs `op`: of `backend`, else of KDKERNELS_BACKEND, else of the best one
     there is."""
-    return _resolve(op, device_type, backend or _environ.get("KDKERNELS_BACKEND") or None)
+    if not backend and (named := _environ.get("KDKERNELS_BACKEND")):
+        if named not in NAMES:
+            raise ValueError(f"{op}: expected KDKERNELS_BACKEND in {list(NAMES)}, got {named!r}")
+        backend = named
+    return _resolve(op, device_type, backend or None)
 
 
 @functools.cache

@@ -69,7 +69,8 @@ def ctc_kd_loss(
             kd_loss's mean over the frames that count; ``"sum"``: the two sums; ``"none"``: `[N]`
             for each, kd summed over the frames of an utterance (scalars for `[T, C]`).
         kd_weight: :math:`w_{kd}`.
-        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given, for a `kd_weight` in [0, 1].
+        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given. Give it with a `kd_weight` above
+            1: it would be negative.
         temperature, teacher_temperature, divergence, beta, rescale: as in
             :func:`kdkernels.kd_loss`.
         labelled: bool `[N]`: which utterances have a transcript; all of them unless given.

@@ -69,8 +69,8 @@ def ctc_kd_loss(
             kd_loss's mean over the frames that count; ``"sum"``: the two sums; ``"none"``: `[N]`
             for each, kd summed over the frames of an utterance (scalars for `[T, C]`).
         kd_weight: :math:`w_{kd}`.
-        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given. Give it with a `kd_weight` above
-            1: it would be negative.
+        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given. With a `kd_weight` above 1
+            give it: it would be negative.
         temperature, teacher_temperature, divergence, beta, rescale: as in
             :func:`kdkernels.kd_loss`.
         labelled: bool `[N]`: which utterances have a transcript; all of them unless given.
@@ -112,10 +112,6 @@ def ctc_kd_loss(
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
     kd_weight = _checks.number(op, "kd_weight", kd_weight)
-    if ctc_weight is None and not 0 <= kd_weight <= 1:
-        raise _checks.bad_value(
-            op, "kd_weight", "in [0, 1] where no ctc_weight is given", kd_weight
-        )
     ctc_weight = (
         1 - kd_weight if ctc_weight is None else _checks.number(op, "ctc_weight", ctc_weight)
     )

@@ -15,6 +15,7 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
+// One frame; what softmax_rows fills in is marked (out).
 template <class Float>
 struct SoftmaxRow {
   const Float* logits;  // [C]

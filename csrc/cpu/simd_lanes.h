@@ -61,10 +61,6 @@ template <class V>
 KDKERNELS_INLINE auto reduce_max(V v) {
   return reduce_rows(&v, 1, [](V a, V b) { return max(a, b); })[0];
 }
-template <class V>
-KDKERNELS_INLINE auto reduce_min(V v) {
-  return reduce_rows(&v, 1, [](V a, V b) { return min(a, b); })[0];
-}
 
 // Adds the lanes of each of n vectors to its sum.
 template <class V>

@@ -19,12 +19,12 @@ KDKERNELS_INLINE Vec<Float> power_of_two(VecInt<Float> n) {
 
 // k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than
 // the few operations it adds. V is a vector or a single number.
-template <class Float, int kFirst = 0, class V, int n>
+template <class Float, class V, int n>
 KDKERNELS_INLINE V polynomial(V x, const double (&k)[n]) {
-  V terms[n - kFirst];
-  for (int i = 0; i < n - kFirst; i++) terms[i] = V{} + Float(k[kFirst + i]);
+  V terms[n];
+  for (int i = 0; i < n; i++) terms[i] = V{} + Float(k[i]);
 #pragma GCC unroll 4
-  for (int count = n - kFirst; count > 1; count = (count + 1) / 2) {
+  for (int count = n; count > 1; count = (count + 1) / 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < count / 2; i++) terms[i] = terms[2 * i + 1] * x + terms[2 * i];
     if (count % 2) terms[count / 2] = terms[count - 1];

@@ -23,7 +23,7 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
 struct Kernels {
   // kd_loss
 
-  int64_t (*kd_loss_workspace)(int64_t C, int64_t threads);
+  int64_t (*kd_loss_workspace)(int64_t rows, int64_t C, int64_t threads);
 
   // Divergence of each row of logits and its gradients, in one visit of each row.
   void (*kd_loss_forward)(int64_t rows, int64_t C,
@@ -39,7 +39,6 @@ struct Kernels {
                           void* loss,          // [rows] for Reduction::none, else [1] (out)
                           void* grad_student,  // [rows][C], dtype of the student, or null (out)
                           void* grad_teacher,  // [rows][C], dtype of the teacher, or null (out)
-                          void* row_loss,      // [rows] float64, scratch
                           void* workspace, int64_t threads);
 
   // ctc_loss, ctc_kd_loss, ctc_posteriors
@@ -83,5 +82,57 @@ struct Kernels {
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+// The kernels of the GPU, where they are built. Pointers are to memory of `device`, but for sizes,
+// strides and layouts, which are read before the call returns. Nothing waits for the device. The
+// result is what went wrong in a launch, or null. An integer tensor's `bytes` are those of its
+// elements, -1 for uint8; the dtype of a weight may also be 4, bool.
+namespace cuda {
+
+int64_t kd_loss_workspace(int64_t rows);
+
+// As Kernels::kd_loss_forward; the layout has the strides of weight besides.
+const char* kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims,
+                            const int64_t* layout, const void* student, int64_t student_dtype,
+                            const void* teacher, int64_t teacher_dtype, const void* weight,
+                            int64_t weight_dtype, double temperature, double teacher_temperature,
+                            int64_t divergence, double beta, int64_t reduction, int64_t rescale,
+                            void* loss, void* grad_student, void* grad_teacher, void* workspace,
+                            int64_t device, void* stream);
+
+// sizes: T, N, C, S of padded targets (of concatenated ones a bound), elements of targets.
+// strides: of targets by utterance (negative: concatenated) and by label, of input_lengths, of
+// target_lengths. wide: float64 is among the logits.
+int64_t ctc_loss_workspace(const int64_t* sizes, const int64_t* strides, int64_t wide);
+
+// As Kernels::ctc_loss_forward.
+const char* ctc_loss_forward(
+    const int64_t* sizes, const int64_t* strides, const void* logits, int64_t dtype,
+    int64_t stride_t, int64_t stride_n, const void* targets, int64_t targets_bytes,
+    const void* input_lengths, int64_t input_lengths_bytes, const void* target_lengths,
+    int64_t target_lengths_bytes, int64_t blank, int64_t reduction, int64_t zero_infinity,
+    int64_t posteriors, const void* teacher, int64_t teacher_dtype, int64_t teacher_stride_t,
+    int64_t teacher_stride_n, const void* labelled, const void* frame_weight, int64_t weight_dtype,
+    int64_t weight_stride_t, int64_t weight_stride_n, double ctc_weight, double kd_weight,
+    double temperature, double teacher_temperature, int64_t divergence, double beta,
+    int64_t rescale, void* loss, void* ctc, void* kd, void* grad, int64_t grad_stride_t,
+    int64_t grad_stride_n, void* grad_teacher, int64_t grad_teacher_stride_t,
+    int64_t grad_teacher_stride_n, void* workspace, int64_t device, void* stream);
+
+int64_t ctc_align_workspace(const int64_t* sizes, const int64_t* strides, int64_t wide);
+
+// As Kernels::ctc_align.
+const char* ctc_align(const int64_t* sizes, const int64_t* strides, const void* logits,
+                      int64_t dtype, int64_t stride_t, int64_t stride_n, const void* targets,
+                      int64_t targets_bytes, const void* input_lengths, int64_t input_lengths_bytes,
+                      const void* target_lengths, int64_t target_lengths_bytes, int64_t blank,
+                      int64_t* paths, void* scores, void* workspace, int64_t device, void* stream);
+
+// grad [rows][C] times grad_loss [rows], in place; the layout has the strides of the two.
+const char* scale_grad(int64_t rows, int64_t C, int64_t dims, const int64_t* layout, void* grad,
+                       int64_t grad_dtype, const void* grad_loss, int64_t loss_dtype,
+                       int64_t device, void* stream);
+
+}  // namespace cuda
 
 }  // namespace kdkernels

@@ -20,9 +20,9 @@ def call(op, tensors, options, wanted, backend):
     if torch.compiler.is_compiling():
         outputs = getattr(torch.ops.kdkernels, op)(*tensors, *options, *wanted, backend)
         return outputs[: -len(wanted)]
-    function = backends.select(op, tensors[0].device.type, backend)
     if any(wanted):
-        return _Fused.apply(op, function, options, wanted, *tensors)
+        return _Fused.apply(op, backend, options, wanted, *tensors)
+    function = backends.select(op, tensors[0].device.type, backend)
     return function(*tensors, *options, *wanted)[: -len(wanted)]
 
 
@@ -32,10 +32,13 @@ def wants_grad(x):
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, function, options, wanted, *tensors):
+    def forward(ctx, op, backend, options, wanted, *tensors):
+        device = tensors[0].device.type
+        function = backends.select(op, device, backend)
         outputs = function(*tensors, *options, *wanted)
         losses, ctx.grads = outputs[: -len(wanted)], list(outputs[-len(wanted) :])
         ctx.op, ctx.function, ctx.options, ctx.wanted = op, function, options, wanted
+        ctx.scale_grad_ = backends.select("scale_grad", device, backend)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
@@ -53,23 +56,13 @@ class _Fused(torch.autograd.Function):
                 grads = ctx.function(*tensors, *ctx.options, *ctx.wanted)[-len(ctx.wanted) :]
         for i, grad in enumerate(grads):
             if grad is not None and ctx.needs_input_grad[4 + i]:
-                results[4 + i] = _scale_(grad, grad_loss.detach())
+                results[4 + i] = ctx.scale_grad_(grad, grad_loss.detach())
         if torch.is_grad_enabled():
             results = [
                 g if g is None else _Once.apply(ctx.op, g, grad_loss, *ctx.saved_tensors)
                 for g in results
             ]
         return tuple(results)
-
-
-def _scale_(grad, grad_loss):
-    if grad_loss.is_cpu:
-        if grad_loss.dim() == 0:
-            return grad if grad_loss.item() == 1 else grad.mul_(grad_loss)
-        if (grad_loss == 1).all():
-            return grad
-    # With a dim of its own the factor keeps its float32: a scale of 65536 is infinite in float16.
-    return grad.mul_(grad_loss.unsqueeze(-1))
 
 
 class _Once(torch.autograd.Function):

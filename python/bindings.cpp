@@ -4,33 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <type_traits>
-
+#include "bindings_cuda.h"
 #include "kdkernels.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <class T>
-using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
-
-template <class T>
-T from_python(Argument<T> value) {
-  if constexpr (std::is_pointer_v<T>) {
-    return reinterpret_cast<T>(value);
-  } else {
-    return value;
-  }
-}
-
-template <class Result, class... Args>
-void def(py::module_& module, const char* name, Result (*kernel)(Args...)) {
-  module.def(
-      name, [kernel](Argument<Args>... args) { return kernel(from_python<Args>(args)...); },
-      py::call_guard<py::gil_scoped_release>());
-}
 
 void bind(py::module_ module, const kdkernels::Kernels& kernels) {
   def(module, "kd_loss_workspace", kernels.kd_loss_workspace);
@@ -61,6 +40,9 @@ PYBIND11_MODULE(_C, module) {
     bind(module.def_submodule("avx512"), kdkernels::kernels_avx512);
     targets.append(best = "avx512");
   }
+#endif
+#ifdef KDKERNELS_HAS_cuda
+  bind_cuda(module.def_submodule("cuda"));
 #endif
   module.attr("targets") = py::tuple(targets);
   module.attr("best_target") = best;

@@ -17,6 +17,21 @@ from kdkernels import backends
 
 sys.path.insert(0, os.path.dirname(__file__))
 
+# The sanitizers look at the C++ core alone.
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+if not SANITIZED:
+    import cuda_emulation
+
+    cuda_emulation.register()
+
+# Without a GPU the Triton kernels are interpreted; it must be said before triton is imported.
+INTERPRETED = not torch.cuda.is_available() and sys.platform == "linux" and not SANITIZED
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.prepare()
+
 torch.use_deterministic_algorithms(True)  # besides: torch.empty is NaN
 os.environ.pop("KDKERNELS_BACKEND", None)
 
@@ -39,6 +54,11 @@ class Place:
     def __init__(self, device, backend):
         self.device, self.backend = device, backend
 
+    @property
+    def slow(self):
+        """A loop over frames in Python: long problems would teach nothing about it."""
+        return self.backend == "reference" or is_interpreted(self)
+
     def __repr__(self):
         return f"{self.device}-{self.backend}"
 
@@ -55,9 +75,35 @@ def places(ops):
     return [Place(d, b) for d, b in pairs if all(b in backends.available(op, d) for op in ops)]
 
 
+def is_interpreted(place):
+    return place is not None and place.backend == "triton" and place.device == "cpu"
+
+
+def place_of(item):
+    """The place a collected test runs in, None where it has none."""
+    return item.callspec.params.get("on") if hasattr(item, "callspec") else None
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: takes an interpreted backend too long")
+    config.addinivalue_line("filterwarnings", "ignore:All-NaN:RuntimeWarning")  # of the interpreter
+
+
 def pytest_generate_tests(metafunc):
     if "on" in metafunc.fixturenames:
         metafunc.parametrize("on", places(metafunc.module.OPS), ids=repr)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests and parameters marked `large` run on every backend but an interpreted one."""
+    out = [
+        item
+        for item in items
+        if item.get_closest_marker("large") and is_interpreted(place_of(item))
+    ]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 @pytest.fixture

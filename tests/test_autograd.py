@@ -7,6 +7,7 @@ from helpers import ctc_oracle, kd_oracle, problem, randn, strided
 from tolerances import assert_ctc_grad, assert_kd_grad
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
+pytestmark = pytest.mark.large  # what surrounds every backend alike
 EVERY_OP = pytest.mark.parametrize("op", OPS)
 HALF = (torch.float16, torch.bfloat16)
 

@@ -6,6 +6,7 @@ from helpers import problem, randn
 from torch.library import opcheck
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
+pytestmark = pytest.mark.large  # what surrounds every backend alike
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from helpers import LAYOUTS, REGIMES, ctc_oracle, kd_oracle, problem, randn, str
 from tolerances import DTYPES, assert_ctc_grad, assert_kd_grad, assert_loss
 
 OPS = ("ctc_kd_loss",)
+pytestmark = pytest.mark.large
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
@@ -81,7 +82,7 @@ def test_definition(on, dtype, reduction, divergence):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(on, regime):
-    T, N, C, S = (100, 2, 20, 15) if on.backend == "reference" else (700, 2, 32, 100)
+    T, N, C, S = (100, 2, 20, 15) if on.slow else (700, 2, 32, 100)
     p = problem(T, N, C, S, regime, seed=3)
     check(on, p, p.logits.roll(1, 0) + randn(*p.logits.shape, seed=4), reduction="sum")
 

@@ -20,14 +20,12 @@ from helpers import (
 from tolerances import DTYPES, assert_ctc_grad, assert_loss
 
 OPS = ("ctc_loss",)
+pytestmark = pytest.mark.large
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# (T, N, C, S) of the regimes. The reference is a loop over frames in Python, ten times slower and
-# float64 inside: long problems teach nothing about it.
-SIZES = {"reference": [(120, 2, 24, 20)]}
-EVERY_SIZE = [(120, 2, 24, 20), (1000, 3, 32, 150)]
-LONG = {"reference": (300, 1, 16, 130)}
-EVERY_LONG = (2600, 1, 32, 1200)
+# (T, N, C, S) of the regimes: long problems teach nothing about a backend that is slow.
+SHORT, EVERY_SIZE = [(120, 2, 24, 20)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
+LONG_SHORT, LONG = (300, 1, 16, 130), (2600, 1, 32, 1200)
 
 
 def check(on, p, dtype=torch.float32, reduction="sum", roundings=1, **options):
@@ -50,13 +48,13 @@ def test_torch(on, dtype, reduction):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(on, regime):
-    for seed, (T, N, C, S) in enumerate(SIZES.get(on.backend, EVERY_SIZE)):
+    for seed, (T, N, C, S) in enumerate(SHORT if on.slow else EVERY_SIZE):
         check(on, problem(T, N, C, S, regime, seed))
 
 
 @pytest.mark.parametrize("regime", ["normal", "blank_collapsed", "trained", "tight"])
 def test_long(on, regime):
-    T, N, C, S = LONG.get(on.backend, EVERY_LONG)
+    T, N, C, S = LONG_SHORT if on.slow else LONG
     check(on, problem(T, N, C, S, regime, seed=2, full=True))
 
 

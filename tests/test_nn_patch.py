@@ -11,6 +11,7 @@ from helpers import problem, randn
 import kdkernels as kd
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
+pytestmark = pytest.mark.large  # what surrounds every backend alike
 ORIGINAL = F.ctc_loss
 
 

@@ -145,9 +145,13 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.zero_infinity = zero_infinity, p.posteriors = posteriors;
     p.labelled = labelled;
     p.frame_weight = static_cast<const Float*>(frame_weight);
-    p.divergence = {
-        Divergence(divergence), 1 / temperature, 1 / teacher_temperature, beta, stride_t,
-        teacher_stride_t};
+    p.divergence = {Divergence(divergence),
+                    {DType(dtype), DType(teacher_dtype), kOwnDType<Float>},
+                    1 / temperature,
+                    1 / teacher_temperature,
+                    beta,
+                    stride_t,
+                    teacher_stride_t};
     p.kd_factor = rescale ? temperature * temperature : 1.0;
 
     const bool mean = Reduction(reduction) == Reduction::mean;

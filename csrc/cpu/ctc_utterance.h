@@ -259,9 +259,32 @@ class Utterance {
       std::copy(logits, logits + C, row);
       std::fill(row + C, row + size, Float(-kInfinity));
     } else {
-      for (int64_t k = 0; k < S_; k++) row[W + k] = logits[label_[k]];
+      gather(logits, row + W);
       std::fill(row + W + S_, row + size, Float(-kInfinity));
     }
+  }
+
+  // labels[k] = logits[label_[k]]; from a table in registers where the alphabet fits one.
+  void gather(const Float* logits, Float* labels) const {
+    constexpr int kPairs = 4;
+    if constexpr (kHasLookup<Float>) {
+      if (problem_->C <= 2 * kPairs * W) {
+        Vec<Float> table[2 * kPairs];
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * kPairs; i++) {
+          const int64_t left = std::clamp<int64_t>(problem_->C - i * W, 0, W);
+          table[i] = load_partial(logits + i * W, int(left), Float(0));
+        }
+        for_each_vector<Float>(S_, [&](int64_t k, int n) {
+          const VecI32 index =
+              n == W ? load<VecI32>(label_ + k)
+                     : (VecI32)load_partial(reinterpret_cast<const float*>(label_ + k), n, 0.0f);
+          store_n(labels + k, lookup<kPairs>(table, index), n);
+        });
+        return;
+      }
+    }
+    for (int64_t k = 0; k < S_; k++) labels[k] = logits[label_[k]];
   }
 
   void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
@@ -299,10 +322,9 @@ class Utterance {
         grad_teacher = nullptr;
       }
       if (weight == 0) continue;
-      scratch.kd_block.add(
-          {p.logits.row(t, n_), p.logits.dtype}, {p.teacher.row(t, n_), p.teacher.dtype},
-          {p.has_kd_gradient(t, n_) ? scratch.kd + (t - begin) * p.C : nullptr, kOwnDType<Float>},
-          {grad_teacher, p.grad_teacher.dtype}, weight * p.kd_scale, kd_ + t);
+      Float* const grad = p.has_kd_gradient(t, n_) ? scratch.kd + (t - begin) * p.C : nullptr;
+      scratch.kd_block.add(p.logits.row(t, n_), p.teacher.row(t, n_), grad, grad_teacher,
+                           weight * p.kd_scale, kd_ + t);
     }
     scratch.kd_block.flush();
     for (int64_t t = begin; t < end; t++) {

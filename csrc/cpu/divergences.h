@@ -14,12 +14,17 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
+struct DivergenceDtypes {
+  DType student, teacher, grad_student;  // the teacher's gradient has the teacher's
+};
+
 struct DivergenceOptions {
   Divergence divergence;
+  DivergenceDtypes dtype;
   double student_scale, teacher_scale;  // 1 / temperature
   double beta;
-  int64_t student_stride,
-      teacher_stride;  // elements from a row to the next, as far as there is one
+  // Elements from a row to the next, as far as there is one.
+  int64_t student_stride, teacher_stride;
 };
 
 template <class Float>
@@ -99,63 +104,65 @@ class Divergences {
   double* wide_[6];
 };
 
-struct TypedRow {
-  void* data;
-  DType dtype;
-};
-
 // Rows of any dtype on their way to Divergences and back.
 template <class Float>
 class DivergenceBlock {
  public:
   DivergenceBlock(const DivergenceOptions& options, int64_t C, Arena& arena)
-      : divergences_(options, C, arena), C_(C) {
+      : divergences_(options, C, arena), dtype_(options.dtype), C_(C) {
+    constexpr DType own = kOwnDType<Float>;
+    converts_ = dtype_.student != own || dtype_.teacher != own || dtype_.grad_student != own;
     for (Float*& rows : rows_) rows = arena.take<Float>(rows_in_block(C) * C);
   }
 
-  int block() const { return divergences_.block(); }
-
   // A pair of rows; a gradient that is null is not made. `value` gets the divergence in flush().
-  void add(TypedRow student, TypedRow teacher, TypedRow grad_student, TypedRow grad_teacher,
-           double factor, double* value) {
-    const int64_t at = count_ * C_;
-    entries_[count_] = {grad_student, grad_teacher, value};
-    DivergenceRow<Float>& row = pairs_[count_++];
-    row.student = load_row(student.data, student.dtype, C_, rows_[0] + at);
-    row.teacher = load_row(teacher.data, teacher.dtype, C_, rows_[1] + at);
-    row.grad_student = grad_student.data
-                           ? begin_row(grad_student.data, grad_student.dtype, rows_[2] + at)
-                           : nullptr;
-    row.grad_teacher = grad_teacher.data
-                           ? begin_row(grad_teacher.data, grad_teacher.dtype, rows_[3] + at)
-                           : nullptr;
-    row.factor = factor;
-    if (count_ == divergences_.block()) flush();
+  KDKERNELS_INLINE void add(const void* student, const void* teacher, void* grad_student,
+                            void* grad_teacher, double factor, double* value) {
+    pairs_[count_] = {static_cast<const Float*>(student),
+                      static_cast<const Float*>(teacher),
+                      static_cast<Float*>(grad_student),
+                      static_cast<Float*>(grad_teacher),
+                      factor,
+                      0};
+    values_[count_] = value;
+    if (converts_) convert(pairs_[count_]);
+    if (++count_ == divergences_.block()) flush();
   }
 
   void flush() {
     divergences_(pairs_, count_);
     for (int i = 0; i < count_; i++) {
-      const Entry& e = entries_[i];
-      *e.value = pairs_[i].value;
-      finish_row(e.grad_student.data, e.grad_student.dtype, C_, pairs_[i].grad_student);
-      finish_row(e.grad_teacher.data, e.grad_teacher.dtype, C_, pairs_[i].grad_teacher);
+      *values_[i] = pairs_[i].value;
+      if (!converts_) continue;
+      finish_row(grads_[0][i], dtype_.grad_student, C_, pairs_[i].grad_student);
+      finish_row(grads_[1][i], dtype_.teacher, C_, pairs_[i].grad_teacher);
     }
     count_ = 0;
   }
 
  private:
-  struct Entry {
-    TypedRow grad_student, grad_teacher;
-    double* value;
-  };
+  // From the rows as they are to rows of Float.
+  void convert(DivergenceRow<Float>& row) {
+    const int64_t at = count_ * C_;
+    grads_[0][count_] = row.grad_student;
+    grads_[1][count_] = row.grad_teacher;
+    row.student = load_row(row.student, dtype_.student, C_, rows_[0] + at);
+    row.teacher = load_row(row.teacher, dtype_.teacher, C_, rows_[1] + at);
+    if (row.grad_student)
+      row.grad_student = begin_row(row.grad_student, dtype_.grad_student, rows_[2] + at);
+    if (row.grad_teacher)
+      row.grad_teacher = begin_row(row.grad_teacher, dtype_.teacher, rows_[3] + at);
+  }
 
   Divergences<Float> divergences_;
-  int64_t C_;
+  const DivergenceDtypes dtype_;
+  const int64_t C_;
+  bool converts_;  // one of the dtypes is not Float's
   Float* rows_[4];
   int count_ = 0;
   DivergenceRow<Float> pairs_[kMaxRows];
-  Entry entries_[kMaxRows];
+  void* grads_[2][kMaxRows];
+  double* values_[kMaxRows];
 };
 
 }  // namespace KDKERNELS_TARGET

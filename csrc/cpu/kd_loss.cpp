@@ -15,34 +15,48 @@ namespace kdkernels {
 namespace KDKERNELS_TARGET {
 namespace {
 
-// Where the rows of a tensor begin: [dims] sizes, [dims] strides.
-struct Rows {
-  char* data;
-  DType dtype;
-  int64_t dims, bytes;  // of an element
-  const int64_t *sizes, *strides;
-
+// Where the rows of a tensor begin: [dims] sizes, [dims] strides. Without data all rows are null.
+class Rows {
+ public:
   Rows(const void* data, DType dtype, int64_t dims, const int64_t* layout, int tensor)
-      : data(static_cast<char*>(const_cast<void*>(data))),
-        dtype(dtype),
-        dims(dims),
-        bytes(size_of(dtype)),
-        sizes(layout),
-        strides(layout + (1 + tensor) * dims) {}
+      : data_(static_cast<char*>(const_cast<void*>(data))),
+        sizes_(layout),
+        strides_(layout + (1 + tensor) * dims),
+        dims_(dims),
+        bytes_(data ? size_of(dtype) : 0),
+        step_(stride() * bytes_) {}
 
-  KDKERNELS_INLINE TypedRow operator[](int64_t row) const {
-    if (data == nullptr) return {nullptr, dtype};
-    if (dims == 1) return {data + row * stride() * bytes, dtype};
+  KDKERNELS_INLINE void* operator[](int64_t row) const {
+    if (dims_ <= 1) return data_ + row * step_;
     int64_t element = 0;
-    for (int64_t d = dims - 1; d >= 0; d--) {
-      element += row % sizes[d] * strides[d];
-      row /= sizes[d];
+    for (int64_t d = dims_ - 1; d >= 0; d--) {
+      element += row % sizes_[d] * strides_[d];
+      row /= sizes_[d];
     }
-    return {data + element * bytes, dtype};
+    return data_ + element * bytes_;
   }
   // Elements from a row to the next, as far as there is one.
-  int64_t stride() const { return dims > 0 ? strides[dims - 1] : 0; }
+  int64_t stride() const { return dims_ > 0 ? strides_[dims_ - 1] : 0; }
+
+ private:
+  char* data_;
+  const int64_t *sizes_, *strides_;
+  int64_t dims_, bytes_, step_;  // bytes: of an element, and from a row to the next
 };
+
+// The sum of value(0), ..., value(n - 1), always in the same order; not one chain of additions.
+template <class Value>
+double fixed_sum(int64_t n, Value value) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int k = 0; k < 16; k++) sums[k] += value(i + k);
+  }
+  for (; i < n; i++) sums[0] += value(i);
+  double sum = 0;
+  for (double part : sums) sum += part;
+  return sum;
+}
 
 template <class Float>
 int64_t piece_of(int64_t C) {
@@ -56,8 +70,10 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
              const void* student, DType student_dtype, const void* teacher, DType teacher_dtype,
              const Float* weight, double temperature, double teacher_temperature,
              Divergence divergence, double beta, Reduction reduction, bool rescale, Float* loss,
-             void* grad_student, void* grad_teacher, double* row_loss, char* workspace,
-             int threads) {
+             void* grad_student, void* grad_teacher, char* workspace, int threads) {
+  Arena shared(workspace);
+  double* const row_loss = shared.take<double>(rows);
+  workspace += shared.used();
   double scale = rescale ? temperature * temperature : 1.0;
   if (reduction == Reduction::batchmean) scale = batch > 0 ? scale / double(batch) : 0.0;
   if (reduction == Reduction::mean) {
@@ -72,16 +88,25 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
   advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
   advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
 
-  // Chunks of rows large enough to hide their hand-out, small enough to balance rows of weight 0.
-  const int64_t chunk =
-      std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C));
+  // Waking a thread costs as much as some thousands of logits. Chunks of rows are whole blocks,
+  // large enough to hide their hand-out, small enough to balance rows of weight 0.
+  threads = int(std::clamp<int64_t>(rows * C / 8192, 1, threads));
+  const int64_t block = rows_in_block(C);
+  const int64_t blocks =
+      std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C)) / block;
+  const int64_t chunk = std::max<int64_t>(1, blocks) * block;
   const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
   const Rows students(student, student_dtype, dims, layout, 0);
   const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
   const Rows student_grads(grad_student, student_dtype, dims, layout, 2);
   const Rows teacher_grads(grad_teacher, teacher_dtype, dims, layout, 3);
-  const DivergenceOptions options{divergence, 1 / temperature,   1 / teacher_temperature,
-                                  beta,       students.stride(), teachers.stride()};
+  const DivergenceOptions options{divergence,
+                                  {student_dtype, teacher_dtype, student_dtype},
+                                  1 / temperature,
+                                  1 / teacher_temperature,
+                                  beta,
+                                  students.stride(),
+                                  teachers.stride()};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
     Arena arena(workspace + omp_get_thread_num() * piece);
@@ -91,10 +116,8 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
       const int64_t end = std::min(rows, (i + 1) * chunk);
       for (int64_t r = i * chunk; r < end; r++) {
         if (weight && weight[r] == 0) {
-          for (const Rows* grads : {&student_grads, &teacher_grads}) {
-            const TypedRow row = (*grads)[r];
-            if (row.data) std::memset(row.data, 0, size_t(C * size_of(row.dtype)));
-          }
+          if (grad_student) std::memset(student_grads[r], 0, size_t(C * size_of(student_dtype)));
+          if (grad_teacher) std::memset(teacher_grads[r], 0, size_t(C * size_of(teacher_dtype)));
           row_loss[r] = 0;
         } else {
           block.add(students[r], teachers[r], student_grads[r], teacher_grads[r], factor(r),
@@ -104,19 +127,22 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
       block.flush();
     }
   }
-  double sum = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    const double value = row_loss[r] == 0 ? 0.0 : factor(r) * row_loss[r];
-    if (reduction == Reduction::none) loss[r] = Float(value);
-    sum += value;
+  const auto value = [&](int64_t r) { return row_loss[r] == 0 ? 0.0 : factor(r) * row_loss[r]; };
+  if (reduction == Reduction::none) {
+    for (int64_t r = 0; r < rows; r++) loss[r] = Float(value(r));
+  } else if (weight) {
+    *loss = Float(fixed_sum(rows, value));
+  } else {
+    *loss = Float(scale * fixed_sum(rows, [&](int64_t r) { return row_loss[r]; }));
   }
-  if (reduction != Reduction::none) *loss = Float(sum);
 }
 
 }  // namespace
 
-int64_t kd_loss_workspace(int64_t C, int64_t threads) {
-  return threads * std::max(piece_of<float>(C), piece_of<double>(C));
+int64_t kd_loss_workspace(int64_t rows, int64_t C, int64_t threads) {
+  Arena arena(nullptr);
+  arena.take<double>(rows);
+  return arena.used() + threads * std::max(piece_of<float>(C), piece_of<double>(C));
 }
 
 void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,
@@ -124,14 +150,14 @@ void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const
                      int64_t teacher_dtype, const void* weight, double temperature,
                      double teacher_temperature, int64_t divergence, double beta, int64_t reduction,
                      int64_t rescale, void* loss, void* grad_student, void* grad_teacher,
-                     void* row_loss, void* workspace, int64_t threads) {
+                     void* workspace, int64_t threads) {
   const auto run = [&](auto zero) {
     using Float = decltype(zero);
     forward<Float>(rows, C, batch, dims, layout, student, DType(student_dtype), teacher,
                    DType(teacher_dtype), static_cast<const Float*>(weight), temperature,
                    teacher_temperature, Divergence(divergence), beta, Reduction(reduction),
                    rescale != 0, static_cast<Float*>(loss), grad_student, grad_teacher,
-                   static_cast<double*>(row_loss), static_cast<char*>(workspace), int(threads));
+                   static_cast<char*>(workspace), int(threads));
   };
   if (DType(student_dtype) == DType::float64 || DType(teacher_dtype) == DType::float64) {
     run(double());

@@ -50,62 +50,28 @@ KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, KLScales scale, floa
   return d == d ? d : VecF32{};
 }
 
-struct RowStatistics {
-  VecF32 p_max, q_max;  // largest logits of each row
-  VecF32 d_max, d_min;  // of logit_difference over the classes that are not masked in both
-  bool nan[kMaxRows];
+struct Maxima {
+  float p[kMaxRows], q[kMaxRows];  // the largest logits of each row
 };
 
-template <bool kSameTemperature, int kVectors>
-void row_statistics(const KLRow* rows, int n, int64_t C, KLScales scale, RowStatistics& s) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  VecF32 p_max[kMaxRows], q_max[kMaxRows], d_max[kMaxRows], d_min[kMaxRows];
-  for (int r = 0; r < n; r++) {
-    VecF32 p_high = broadcast(-kInf), q_high = p_high, d_high = p_high, d_low = broadcast(kInf);
-    VecI32 nan{};
-    for_row<float, kVectors>(C, [&](int64_t c, int lanes) {
-      const VecF32 p = load_n(rows[r].teacher + c, lanes, -kInf),
-                   q = load_n(rows[r].student + c, lanes, -kInf);
-      const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
-      nan |= (p != p) | (q != q);
-      p_high = max(p_high, p);
-      q_high = max(q_high, q);
-      d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
-      d_low = min(d, d_low);
-    });
-    p_max[r] = p_high, q_max[r] = q_high, d_max[r] = d_high, d_min[r] = d_low;
-    s.nan[r] = any(nan);
-  }
-  const auto larger = [](VecF32 a, VecF32 b) { return max(a, b); };
-  s.p_max = reduce_rows(p_max, n, larger);
-  s.q_max = reduce_rows(q_max, n, larger);
-  s.d_max = reduce_rows(d_max, n, larger);
-  s.d_min = reduce_rows(d_min, n, [](VecF32 a, VecF32 b) { return min(a, b); });
-}
-
-// Rows number `index[0..n)` of the block, all of them near.
+// Rows number `index[0..n)` of the block, all of them near; `reference`: c of each.
 template <bool kSameTemperature>
-void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
-               const RowStatistics& s, float* scratch) {
+void near_rows(KLRow* rows, const int* index, const float* reference, int n, int64_t C,
+               KLScales scale, const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  float reference[kMaxRows];
   double sum[kMaxRows] = {}, change[kMaxRows] = {}, kl[kMaxRows] = {};
-  for (int i = 0; i < n; i++) {
-    const int r = index[i];
-    reference[i] = s.d_min[r] + (s.d_max[r] - s.d_min[r]) / 2;
-  }
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
     VecF32 sums[kMaxRows], changes[kMaxRows];
     for (int i = 0; i < n; i++) {
       const KLRow& row = rows[index[i]];
-      float* const exps = scratch + i * C;
+      float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
                      q = load_n(row.student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]);
-        const VecF32 e = exp<float>(p - s.p_max[index[i]], scale.p);
+        const VecF32 e = exp<float>(p - largest.p[index[i]], scale.p);
         row_sum += e;
         row_change += e * (expm1_plus<float>(d) - d);
         store_n(exps + c, e, lanes);
@@ -122,7 +88,7 @@ void near_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
     VecF32 kls[kMaxRows];
     for (int i = 0; i < n; i++) {
       const KLRow& row = rows[index[i]];
-      const float* const exps = scratch + i * C;
+      const float* const exps = scratch + 2 * index[i] * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
@@ -155,11 +121,11 @@ KDKERNELS_INLINE VecF32 far_difference(VecF32 p, VecF32 q, KLScales scale) {
 // exponentials are in `scratch`.
 template <bool kSameTemperature>
 void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
-                const RowStatistics& s, const float* scratch) {
+                const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int i = 0; i < n; i++) {
     KLRow& row = rows[index[i]];
-    const float p_max = s.p_max[index[i]], q_max = s.q_max[index[i]];
+    const float p_max = largest.p[index[i]], q_max = largest.q[index[i]];
     const float *const p_exps = scratch + 2 * index[i] * C, *const q_exps = p_exps + C;
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
@@ -200,123 +166,153 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
   }
 }
 
-// Rows that are not near. Most are as far apart as this: a loss of at least kFarLoss, and a
-// gradient that is at least kFarGradient of the largest probability somewhere; for them KL = sum p
-// d and q - p lose nothing. The others go to close_rows.
+// Tries every row as one that is far: a loss of at least kFarLoss, and a gradient that is at least
+// kFarGradient of the largest probability somewhere; then KL = sum p d and q - p lose nothing. Says
+// which rows are not, whose results are for the others to make; rows with a NaN, an infinity or no
+// class left are among them. The exponentials stay in `scratch`.
 constexpr double kFarLoss = 0.125;
 constexpr float kFarGradient = 0.1f;
 
 template <bool kSameTemperature, int kVectors>
-void far_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
-              const RowStatistics& s, float* scratch) {
+void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
+              bool* is_far) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  double p_sum[kMaxRows] = {}, q_sum[kMaxRows] = {}, p_d[kMaxRows] = {};
-  constexpr int64_t block = kVectors ? int64_t(kVectors) * kLanes<float> : kSumBlock;
+  constexpr int W = kLanes<float>;
+  const auto larger = [](VecF32 a, VecF32 b) { return max(a, b); };
+  VecF32 a[kMaxRows], b[kMaxRows], c[kMaxRows];  // one vector a row, to be reduced
+  for (int r = 0; r < n; r++) {
+    VecF32 p_high = broadcast(-kInf), q_high = p_high;
+    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
+      p_high = max(p_high, load_n(rows[r].teacher + i, lanes, -kInf));
+      q_high = max(q_high, load_n(rows[r].student + i, lanes, -kInf));
+    });
+    a[r] = p_high, b[r] = q_high;
+  }
+  store(largest.p, reduce_rows(a, n, larger));
+  store(largest.q, reduce_rows(b, n, larger));
+
+  double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
+  constexpr int64_t block = kVectors ? int64_t(kVectors) * W : kSumBlock;
   for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
-    VecF32 p_sums[kMaxRows], q_sums[kMaxRows], p_ds[kMaxRows];
-    for (int i = 0; i < n; i++) {
-      const KLRow& row = rows[index[i]];
-      const float p_max = s.p_max[index[i]], q_max = s.q_max[index[i]];
-      float *const p_exps = scratch + 2 * index[i] * C, *const q_exps = p_exps + C;
+    for (int r = 0; r < n; r++) {
+      const float *const teacher = rows[r].teacher + begin, *const student =
+                                                                rows[r].student + begin;
+      const float* const grad = rows[r].grad_student ? rows[r].grad_student + begin : nullptr;
+      float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
+      const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
       VecF32 row_p{}, row_q{}, row_p_d{};
-      for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t k, int lanes) {
-        const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(row.student + c, lanes, -kInf) - q_max;
+      for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
+        const VecF32 p = load_n(teacher + i, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(student + i, lanes, -kInf) - q_max;
         if constexpr (kVectors == 0) {
-          __builtin_prefetch(row.teacher + c + scale.p_ahead);
-          __builtin_prefetch(row.student + c + scale.q_ahead);
-          if (row.grad_student) __builtin_prefetch(row.grad_student + c, 1);
+          __builtin_prefetch(teacher + i + scale.p_ahead);
+          __builtin_prefetch(student + i + scale.q_ahead);
+          if (grad) __builtin_prefetch(grad + i, 1);
         }
         const VecF32 p_exp = exp<float>(p, scale.p), q_exp = exp<float>(q, scale.q);
-        const VecF32 d = far_difference<kSameTemperature>(p, q, scale);
         row_p += p_exp;
         row_q += q_exp;
+        const VecF32 d = far_difference<kSameTemperature>(p, q, scale);
         row_p_d = p_exp > 0 ? row_p_d + p_exp * d : row_p_d;
-        store_n(p_exps + c, p_exp, lanes);
-        store_n(q_exps + c, q_exp, lanes);
+        store_n(p_exps + i, p_exp, lanes);
+        store_n(q_exps + i, q_exp, lanes);
       });
-      p_sums[i] = row_p, q_sums[i] = row_q, p_ds[i] = row_p_d;
+      a[r] = row_p, b[r] = row_q, c[r] = row_p_d;
     }
-    add_rows(p_sums, n, p_sum);
-    add_rows(q_sums, n, q_sum);
-    add_rows(p_ds, n, p_d);
+    add_rows(a, n, p_sum);
+    add_rows(b, n, q_sum);
+    add_rows(c, n, p_d);
   }
-  double log2_sum[2][kMaxRows];
-  for (int i = 0; i < n; i++) {
-    log2_sum[0][i] = p_sum[i] - 1;
-    log2_sum[1][i] = q_sum[i] - 1;
+
+  float p_row[W], q_row[W];  // from an exponential to its part of the gradient
+  for (int r = 0; r < n; r++) p_row[r] = float(rows[r].factor) * scale.q;
+  for (int r = 0; r < n; r += kLanes<double>) {  // lane i is row r + i
+    const VecF64 p = load<VecF64>(p_sum + r), q = load<VecF64>(q_sum + r), p_factor = 1.0 / p;
+    const VecF64 kl = load<VecF64>(p_d + r) * p_factor + log2_of(q * p_factor) * kLn2;
+    store(p_d + r, q == q ? kl : q);
+    store(p_sum + r, p_factor);
+    store(q_sum + r, 1.0 / q);
   }
-  log2_1p(log2_sum[0], n);
-  log2_1p(log2_sum[1], n);
-  double p_factor[kMaxRows], q_factor[kMaxRows];
-  for (int i = 0; i < n; i++) {
-    p_factor[i] = 1 / p_sum[i];
-    q_factor[i] = 1 / q_sum[i];
-    p_d[i] = p_d[i] * p_factor[i] + (log2_sum[1][i] - log2_sum[0][i]) * kLn2;
+  bool masked = false;  // a class that only q masks, for which the loss is infinite
+  for (int r = 0; r < n; r++) {
+    q_row[r] = float(q_sum[r]) * p_row[r];
+    p_row[r] = float(p_sum[r]) * p_row[r];
+    rows[r].value = p_d[r];
+    is_far[r] = p_d[r] >= kFarLoss;
+    masked |= p_d[r] == kInf;
   }
-  VecF32 largest[kMaxRows];
-  for (int i = 0; i < n; i++) {
-    const KLRow& row = rows[index[i]];
-    const float* const p_exps = scratch + 2 * index[i] * C;
-    const float p_row = float(p_factor[i]) * factor(row, scale),
-                q_row = float(q_factor[i]) * factor(row, scale);
-    VecF32 row_largest{};
-    if (row.grad_student && p_d[i] >= kFarLoss) {
-      for_row<float, kVectors>(C, [&](int64_t c, int lanes) {
-        const VecF32 change =
-            load_n(p_exps + C + c, lanes, 0.0f) * q_row - load_n(p_exps + c, lanes, 0.0f) * p_row;
-        row_largest = max(row_largest, abs<float>(change));
-        store_n(row.grad_student + c, change, lanes);
-      });
-    }
-    largest[i] = row_largest;
+
+  for (int r = 0; r < n; r++) {
+    const float *const p_exps = scratch + 2 * r * C, *const q_exps = p_exps + C;
+    float* const grad = rows[r].grad_student;
+    if (!grad || !is_far[r]) continue;
+    const VecF32 p_factor = broadcast(p_row[r]), q_factor = broadcast(q_row[r]);
+    const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
+    VecF32 high{};
+    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
+      const VecF32 change =
+          load_n(q_exps + i, lanes, 0.0f) * q_factor - load_n(p_exps + i, lanes, 0.0f) * p_factor;
+      high = max(high, abs<float>(change));
+      store_n(grad + i, change, lanes);
+    });
+    is_far[r] = any(high >= small);
   }
-  const VecF32 maxima = reduce_rows(largest, n, [](VecF32 a, VecF32 b) { return max(a, b); });
-  int close[kMaxRows], close_count = 0;
-  for (int i = 0; i < n; i++) {
-    KLRow& row = rows[index[i]];
-    row.value = p_d[i];
-    const float probability =
-        float(std::max(p_factor[i], q_factor[i])) * std::fabs(factor(row, scale));
-    const bool far =
-        p_d[i] >= kFarLoss && (!row.grad_student || maxima[i] >= kFarGradient * probability);
-    close[close_count] = index[i];
-    close_count += !far;
+  for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
+    float* const grad = rows[r].grad_student;
+    for (int64_t i = 0; grad && is_far[r] && i < C; i++)
+      grad[i] = rows[r].student[i] > -kInf ? grad[i] : 0.0f;
   }
-  if (close_count) close_rows<kSameTemperature>(rows, close, close_count, C, scale, s, scratch);
-  for (int i = 0; i < n; i++) {
-    const KLRow& row = rows[index[i]];
-    if (row.grad_student &&
-        s.d_max[index[i]] == kInf) {  // classes that are masked in q have no gradient
-      for (int64_t c = 0; c < C; c++)
-        row.grad_student[c] = row.student[c] > -kInf ? row.grad_student[c] : 0.0f;
-    }
-  }
+}
+
+// A row that is not far: near, close, or without a divergence.
+struct Way {
+  bool valid, near;
+  float reference;  // c of a near row
+};
+
+template <bool kSameTemperature>
+Way way_of(const KLRow& row, int64_t C, KLScales scale, float p_max, float q_max) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  VecF32 d_high = broadcast(-kInf), d_low = broadcast(kInf);
+  VecI32 nan{};
+  for_each_vector<float>(C, [&](int64_t c, int lanes) {
+    const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
+                 q = load_n(row.student + c, lanes, -kInf);
+    const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
+    nan |= (p != p) | (q != q);
+    d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
+    d_low = min(d, d_low);
+  });
+  const float low = -reduce_max(-d_low), spread = reduce_max(d_high) - low;
+  const bool valid = !any(nan) && std::fabs(p_max) < kInf && std::fabs(q_max) < kInf;
+  return {valid, spread * (kSameTemperature ? scale.p : 1.0f) <= 0.25f, low + spread / 2};
 }
 
 template <bool kSameTemperature, int kVectors>
 void kl_rows_of(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  RowStatistics s;
-  row_statistics<kSameTemperature, kVectors>(rows, n, C, scale, s);
-  const float unit = kSameTemperature ? scale.p : 1.0f;
-  int near[kMaxRows], far[kMaxRows], near_count = 0, far_count = 0;
+  Maxima largest;
+  bool is_far[kMaxRows];
+  far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far);
+  int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
+  float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
-    const bool valid = !s.nan[r] && s.p_max[r] < kInf && s.q_max[r] < kInf && s.p_max[r] > -kInf &&
-                       s.q_max[r] > -kInf;
-    if (!valid) {
+    if (is_far[r]) continue;
+    const Way way = way_of<kSameTemperature>(rows[r], C, scale, largest.p[r], largest.q[r]);
+    if (!way.valid) {
       rows[r].value = kNan;
       if (rows[r].grad_student) std::fill(rows[r].grad_student, rows[r].grad_student + C, kNan);
-    } else if ((s.d_max[r] - s.d_min[r]) * unit <= 0.25f) {
+    } else if (way.near) {
+      reference[near_count] = way.reference;
       near[near_count++] = r;
     } else {
-      far[far_count++] = r;
+      close[close_count++] = r;
     }
   }
-  if (near_count) near_rows<kSameTemperature>(rows, near, near_count, C, scale, s, scratch);
-  if (far_count) far_rows<kSameTemperature, kVectors>(rows, far, far_count, C, scale, s, scratch);
+  if (near_count)
+    near_rows<kSameTemperature>(rows, near, reference, near_count, C, scale, largest, scratch);
+  if (close_count)
+    close_rows<kSameTemperature>(rows, close, close_count, C, scale, largest, scratch);
 }
 
 }  // namespace

@@ -62,11 +62,13 @@ KDKERNELS_INLINE auto reduce_max(V v) {
   return reduce_rows(&v, 1, [](V a, V b) { return max(a, b); })[0];
 }
 
-// Adds the lanes of each of n vectors to its sum.
+// Adds the lanes of each of n vectors to its sum; `sums` has room for one of every lane.
 template <class V>
 KDKERNELS_INLINE void add_rows(const V* lanes, int n, double* sums) {
+  constexpr int W = int(sizeof(V) / sizeof(lanes[0][0]));
   const V row_sums = reduce_rows(lanes, n, [](V a, V b) { return a + b; });
-  for (int r = 0; r < n; r++) sums[r] += double(row_sums[r]);
+#pragma GCC unroll 16
+  for (int r = 0; r < W; r++) sums[r] += double(row_sums[r]);
 }
 
 // The first (kLast: the last) halves of `a` and `b`, a lane of the one after a lane of the other.
@@ -119,6 +121,18 @@ KDKERNELS_INLINE V lookup(V low, V high, VecI32 index) {
   (void)high, (void)index;
   return low;  // never called: kHasLookup
 #endif
+}
+
+// The same in a table of kPairs times two vectors.
+template <int kPairs, class V>
+KDKERNELS_INLINE V lookup(const V* table, VecI32 index) {
+  V x = lookup(table[0], table[1], index);
+#pragma GCC unroll 4
+  for (int i = 1; i < kPairs; i++) {
+    const V y = lookup(table[2 * i], table[2 * i + 1], index);
+    x = index >= 2 * i * kLanes<float> ? y : x;
+  }
+  return x;
 }
 
 // Lane i takes lane i - 1 of `v`; lane 0 takes the last lane of `before`.

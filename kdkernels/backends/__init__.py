@@ -1,21 +1,20 @@
 """The list of backends, best first, and the choice among them.
 
-A backend is a module of this package with functions of fixed names (``kd_loss_forward``,
-``ctc_loss_forward``, ``ctc_kd_loss_forward``, ``ctc_posteriors``, ``ctc_align``) and
-``supports(op, device_type)``. A new backend is one module, one word in NAMES and, where it needs a
-module that may be missing, one line in REQUIRES.
+A backend is a module of this package with functions of fixed names (the values of FUNCTIONS; their
+arguments are those of ``reference``) and ``supports(op, device_type)``. A new backend is one
+module, one word in NAMES and, where it needs a module that may be missing, one line in REQUIRES.
 """
 
 import functools
 import importlib
 import os
 
-NAMES = ("cpp", "reference")
+NAMES = ("cuda", "cpp", "triton", "reference")
 
 # What must be importable for a backend to exist here. The absence of this very module makes the
 # backend absent; anything else that goes wrong while it loads (a missing symbol, another missing
 # module) is an error, because a broken build must never turn into a silent slow path.
-REQUIRES = {"cpp": "kdkernels._C"}
+REQUIRES = {"cuda": "kdkernels._C", "cpp": "kdkernels._C", "triton": "triton"}
 
 FUNCTIONS = {
     "kd_loss": "kd_loss_forward",
@@ -23,6 +22,7 @@ FUNCTIONS = {
     "ctc_kd_loss": "ctc_kd_loss_forward",
     "ctc_posteriors": "ctc_posteriors",
     "ctc_align": "ctc_align",
+    "scale_grad": "scale_grad_",  # backward: the gradient made in forward, times what comes in
 }
 
 _environ = os.environ
@@ -63,10 +63,11 @@ def select(op, device_type, backend=None):
 @functools.cache
 def _resolve(op, device_type, backend):
     if backend is None:
-        names = available(op, device_type)
-        if not names:
-            raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
-        return getattr(load(names[0]), FUNCTIONS[op])
+        for name in NAMES:  # no further than the first that will do: the others are not imported
+            module = load(name)
+            if module and module.supports(op, device_type):
+                return getattr(module, FUNCTIONS[op])
+        raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
     if backend not in NAMES:
         raise ValueError(f"{op}: expected `backend` in {list(NAMES)}, got {backend!r}")
     module = load(backend)

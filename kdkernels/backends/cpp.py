@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdkernels import _C
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
 
 # The instruction set: the best one that this machine has, or the one asked for (to try another).
 TARGET = os.environ.get("KDKERNELS_TARGET") or _C.best_target
@@ -59,6 +59,9 @@ def _gradient_of(logits: Tensor) -> Tensor:
 
 def _row_layout(tensors: list[Tensor]) -> array:
     """Sizes of the leading dimensions, then their strides in each tensor, merged where possible."""
+    if all(x.is_contiguous() for x in tensors):
+        C = tensors[0].shape[-1]
+        return array("q", [tensors[0].numel() // C] + [C] * len(tensors))
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
     for dim in range(tensors[0].dim() - 1):
@@ -76,6 +79,14 @@ def _row_layout(tensors: list[Tensor]) -> array:
             for s, x in zip(strides, tensors, strict=True):
                 s.append(x.stride(dim))
     return array("q", sizes + [n for s in strides for n in s])
+
+
+def scale_grad_(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    if grad_loss.dim() == 0:
+        return grad if grad_loss.item() == 1 else grad.mul_(grad_loss)
+    if (grad_loss == 1).all():
+        return grad
+    return grad.mul_(grad_loss.unsqueeze(-1))  # a dim of its own: the factor keeps its float32
 
 
 def kd_loss_forward(
@@ -106,10 +117,9 @@ def kd_loss_forward(
             teacher_logits if grad_teacher is None else grad_teacher,
         ]
     )
-    row_loss = _empty((rows,), torch.float64)
     loss = _empty(tuple(shape) if reduction == "none" else (), dtype)
     threads = torch.get_num_threads()
-    workspace = _workspace(_kernels.kd_loss_workspace(C, threads))
+    workspace = _workspace(_kernels.kd_loss_workspace(rows, C, threads))
     _kernels.kd_loss_forward(
         rows,
         C,
@@ -130,7 +140,6 @@ def kd_loss_forward(
         loss.data_ptr(),
         _address(grad_student),
         _address(grad_teacher),
-        row_loss.data_ptr(),
         workspace.data_ptr(),
         threads,
     )

@@ -21,6 +21,12 @@ def supports(op, device_type):
     return True
 
 
+def scale_grad_(grad, grad_loss):
+    """`grad` [*, C] times `grad_loss`, in place: a scalar, or one for each row or utterance."""
+    # With a dim of its own the factor keeps its float32: a scale of 65536 is infinite in float16.
+    return grad.mul_(grad_loss.unsqueeze(-1))
+
+
 # ------------------------------------------------------------------------------------------ kd_loss
 
 

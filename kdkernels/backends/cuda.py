@@ -1,0 +1,353 @@
+"""The compiled kernels of a GPU (csrc/cuda/): passes sizes, strides and addresses of tensors on its
+device, and the current stream, to ``_C.cuda``.
+
+Every argument was checked by the public function, except values that lie on the device: those are
+read there. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+from torch import Tensor
+
+from kdkernels import _C
+
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
+DEVICE_TYPE = "cuda"
+
+_kernels = getattr(_C, "cuda", None)  # None: built without
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: -1}
+_DIVERGENCE = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+_REDUCTION = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
+_MOST_DIMS = 8  # of the rows' layout, in the kernels
+
+
+def supports(op: str, device_type: str) -> bool:
+    return _kernels is not None and op in OPS and device_type == DEVICE_TYPE
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """Index of the device and address of its current stream."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _float_dtype(*logits: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+
+
+def _gradient_of(logits: Tensor) -> Tensor:
+    """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
+    gradient = torch.empty_like(logits)
+    if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
+        return torch.empty(tuple(logits.shape), dtype=logits.dtype, device=logits.device)
+    return gradient
+
+
+def _row_layout(tensors: list[Tensor], shape: torch.Size) -> array:
+    """Sizes of the leading dimensions, then their strides in each tensor, merged where possible."""
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        here = [x.stride(dim) for x in tensors]
+        if sizes and all(s[-1] == n * size for s, n in zip(strides, here, strict=True)):
+            sizes[-1] *= size
+            for s, n in zip(strides, here, strict=True):
+                s[-1] = n
+        else:
+            sizes.append(size)
+            for s, n in zip(strides, here, strict=True):
+                s.append(n)
+    if len(sizes) > _MOST_DIMS:
+        raise NotImplementedError(f"logits of more than {_MOST_DIMS} dims that cannot be merged")
+    return array("q", sizes + [n for s in strides for n in s])
+
+
+def scale_grad_(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    shape, C = grad.shape[:-1], grad.shape[-1]
+    factor = grad_loss.expand(shape)
+    layout = _row_layout([grad, factor], shape)
+    _kernels.scale_grad(
+        grad.numel() // C,
+        C,
+        len(layout) // 3,
+        layout.buffer_info()[0],
+        grad.data_ptr(),
+        _DTYPE[grad.dtype],
+        factor.data_ptr(),
+        _DTYPE[factor.dtype],
+        *_place(grad.device),
+    )
+    return grad
+
+
+def kd_loss_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    teacher_temperature: float,
+    divergence: str,
+    beta: float,
+    reduction: str,
+    rescale: bool,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    *shape, C = student_logits.shape
+    rows = student_logits.numel() // C
+    device = student_logits.device
+    dtype = _float_dtype(student_logits, teacher_logits)
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    layout = _row_layout(
+        [
+            student_logits,
+            teacher_logits,
+            student_logits if grad_student is None else grad_student,
+            teacher_logits if grad_teacher is None else grad_teacher,
+            student_logits if weight is None else weight,
+        ],
+        student_logits.shape[:-1],
+    )
+    loss = torch.empty(shape if reduction == "none" else (), dtype=dtype, device=device)
+    workspace = _workspace(_kernels.kd_loss_workspace(rows), device)
+    _kernels.kd_loss_forward(
+        rows,
+        C,
+        shape[0] if shape else 1,
+        len(layout) // 6,
+        layout.buffer_info()[0],
+        student_logits.data_ptr(),
+        _DTYPE[student_logits.dtype],
+        teacher_logits.data_ptr(),
+        _DTYPE[teacher_logits.dtype],
+        _address(weight),
+        0 if weight is None else _DTYPE[weight.dtype],
+        temperature,
+        teacher_temperature,
+        _DIVERGENCE[divergence],
+        beta,
+        _REDUCTION[reduction],
+        rescale,
+        loss.data_ptr(),
+        _address(grad_student),
+        _address(grad_teacher),
+        workspace.data_ptr(),
+        *_place(device),
+    )
+    return loss, grad_student, grad_teacher
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+class _Problem:
+    """What every CTC kernel takes: sizes, strides, logits, targets and lengths."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        input_lengths: Tensor,
+        target_lengths: Tensor,
+        blank: int,
+    ) -> None:
+        self.device = logits.device
+        # Kept alive until the kernels are launched.
+        self.tensors = [
+            x if x.device == self.device else x.to(self.device, non_blocking=True)
+            for x in (targets, input_lengths, target_lengths)
+        ]
+        targets, input_lengths, target_lengths = self.tensors
+        padded = targets.dim() == 2
+        longest = targets.shape[1] if padded else targets.shape[0]
+        self.sizes = array("q", [*logits.shape, longest, targets.numel()])
+        self.strides = array(
+            "q",
+            [
+                targets.stride(0) if padded else -1,
+                targets.stride(-1),
+                input_lengths.stride(0),
+                target_lengths.stride(0),
+            ],
+        )
+        self.shape = (self.sizes.buffer_info()[0], self.strides.buffer_info()[0])
+        integers = [y for x in self.tensors for y in (x.data_ptr(), _BYTES[x.dtype])]
+        self.arguments = (
+            *self.shape,
+            logits.data_ptr(),
+            _DTYPE[logits.dtype],
+            logits.stride(0),
+            logits.stride(1),
+            *integers,
+            blank,
+        )
+
+
+def _frames(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _ctc(
+    problem: _Problem,
+    reduction: str,
+    zero_infinity: bool,
+    losses: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grad: Tensor | None,
+    wide: bool,
+    *,
+    posteriors: bool = False,
+    teacher: Tensor | None = None,
+    grad_teacher: Tensor | None = None,
+    labelled: Tensor | None = None,
+    frame_weight: Tensor | None = None,
+    ctc_weight: float = 1.0,
+    kd_weight: float = 0.0,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    rescale: bool = False,
+) -> None:
+    workspace = _workspace(_kernels.ctc_loss_workspace(*problem.shape, wide), problem.device)
+    teacher_data, *teacher_strides = _frames(teacher)
+    weight_data, *weight_strides = _frames(frame_weight)
+    _kernels.ctc_loss_forward(
+        *problem.arguments,
+        _REDUCTION[reduction],
+        zero_infinity,
+        posteriors,
+        teacher_data,
+        0 if teacher is None else _DTYPE[teacher.dtype],
+        *teacher_strides,
+        _address(labelled),
+        weight_data,
+        0 if frame_weight is None else _DTYPE[frame_weight.dtype],
+        *weight_strides,
+        ctc_weight,
+        kd_weight,
+        temperature,
+        teacher_temperature,
+        _DIVERGENCE[divergence],
+        beta,
+        rescale,
+        *(_address(x) for x in losses),
+        *_frames(grad),
+        *_frames(grad_teacher),
+        workspace.data_ptr(),
+        *_place(problem.device),
+    )
+
+
+def ctc_loss_forward(
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+    grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
+    shape = (logits.shape[1],) if reduction == "none" else ()
+    dtype = _float_dtype(logits)
+    loss = torch.empty(shape, dtype=dtype, device=logits.device)
+    gradient = _gradient_of(logits) if grad else None
+    wide = dtype == torch.float64
+    _ctc(problem, reduction, zero_infinity, (loss, None, None), gradient, wide)
+    return loss, gradient
+
+
+def ctc_kd_loss_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    labelled: Tensor | None,
+    frame_weight: Tensor | None,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+    ctc_weight: float,
+    kd_weight: float,
+    temperature: float,
+    teacher_temperature: float,
+    divergence: str,
+    beta: float,
+    rescale: bool,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    problem = _Problem(student_logits, targets, input_lengths, target_lengths, blank)
+    device = student_logits.device
+    dtype = _float_dtype(student_logits, teacher_logits)
+    shape = (student_logits.shape[1],) if reduction == "none" else ()
+    loss, ctc, kd = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    if labelled is not None:
+        labelled = labelled.to(device, torch.bool, non_blocking=True).contiguous()
+    _ctc(
+        problem,
+        reduction,
+        zero_infinity,
+        (loss, ctc, kd),
+        grad_student,
+        dtype == torch.float64,
+        teacher=teacher_logits,
+        grad_teacher=grad_teacher,
+        labelled=labelled,
+        frame_weight=frame_weight,
+        ctc_weight=ctc_weight,
+        kd_weight=kd_weight,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        divergence=divergence,
+        beta=beta,
+        rescale=rescale,
+    )
+    return loss, ctc, kd, grad_student, grad_teacher
+
+
+def ctc_posteriors(
+    logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
+) -> Tensor:
+    problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
+    dtype = _float_dtype(logits)
+    occupancy = torch.empty(tuple(logits.shape), dtype=dtype, device=logits.device)
+    wide = dtype == torch.float64
+    _ctc(problem, "none", True, (None, None, None), occupancy, wide, posteriors=True)
+    return occupancy
+
+
+def ctc_align(
+    logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
+) -> tuple[Tensor, Tensor]:
+    T, N, _ = logits.shape
+    problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
+    dtype = _float_dtype(logits)
+    paths = torch.empty((N, T), dtype=torch.int64, device=logits.device)
+    scores = torch.empty((N,), dtype=dtype, device=logits.device)
+    wide = dtype == torch.float64
+    workspace = _workspace(_kernels.ctc_align_workspace(*problem.shape, wide), logits.device)
+    _kernels.ctc_align(
+        *problem.arguments,
+        paths.data_ptr(),
+        scores.data_ptr(),
+        workspace.data_ptr(),
+        *_place(logits.device),
+    )
+    return paths, scores

@@ -12,7 +12,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    from shapes import select
+    from kdkernels.bench.shapes import select
 
     op = getattr(metafunc.module, "OP", None)
     if "shape" in metafunc.fixturenames:
@@ -28,7 +28,7 @@ def _threads(request):
 @pytest.fixture
 def run(benchmark, shape):
     """Time one contender of one shape; contenders of a shape form a group."""
-    from contenders import contenders, make_inputs
+    from kdkernels.bench.contenders import contenders, make_inputs
 
     def run(name):
         step = contenders(shape, make_inputs(shape), compiled=name == "compile")[name]

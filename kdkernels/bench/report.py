@@ -1,6 +1,6 @@
-"""Puts the results of compare.py into the README, between its two `speed` markers.
+"""Puts the results of the benchmarks into the README, between its two `speed` markers.
 
-python benchmarks/report.py FILE.json [--readme README.md]
+python -m kdkernels.bench.report FILE.json [--readme README.md]
 """
 
 import argparse
@@ -20,7 +20,7 @@ def table(result: dict) -> str:
     lines = [
         f"{m['cpu']}, {result['threads']} threads, torch {v['torch']}, {result['dtype']}, from raw "
         "logits to gradient (forward and backward), median times. Made by "
-        "`python benchmarks/compare.py`.",
+        "`python -m kdkernels.bench`.",
         "",
         "| op | shape | this package | eager torch | torch.compile | peak memory | eager's peak |",
         "|---|---|---|---|---|---|---|",
@@ -46,7 +46,7 @@ def table(result: dict) -> str:
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("json", type=Path)
-    p.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
+    p.add_argument("--readme", type=Path, default=Path("README.md"))
     args = p.parse_args()
     text = args.readme.read_text()
     body = f"{BEGIN}\n{table(json.loads(args.json.read_text()))}\n{END}"

@@ -1,6 +1,6 @@
 """This package against torch in one run: times, floors, peak memory, errors.
 
-    python benchmarks/compare.py [--op ctc_loss] [--all] [--json FILE]
+    python -m kdkernels.bench [--op ctc_loss] [--all] [--json FILE]
 
 The contenders take turns, round after round, so that what else the machine does hits all alike;
 figures are medians over the rounds, ratios are ratios of medians, and the brackets beside a ratio
@@ -20,10 +20,16 @@ from statistics import median, quantiles
 from time import perf_counter
 
 import torch
-from contenders import EAGER, OURS, Inputs, contenders, make_inputs
-from shapes import OPS, Shape, select
 
 import kdkernels
+
+from . import peers
+from .contenders import EAGER, OURS, contenders, make_inputs
+from .errors import error_row
+from .shapes import OPS, Shape, select
+
+# Contenders that ours is compared with as so many times as fast.
+FASTER_THAN = ("eager", "compile", "optax")
 
 # Logit tensors that a step must read or write at the least.
 MOVES = {"kd_loss": 3, "ctc_loss": 3, "ctc_kd_loss": 5}
@@ -68,6 +74,14 @@ def ratio(times, above: str, below: str) -> dict[str, float]:
     return {"value": median(times[above]) / median(times[below]), "p25": low, "p75": high}
 
 
+def copy_bandwidth() -> float:
+    """Bytes read and written per second, copying 128 MB into memory that was used before."""
+    source = torch.ones(2**25)
+    target = torch.empty_like(source).copy_(source)
+    (times,) = interleave({"copy": lambda: target.copy_(source)}, 9).values()
+    return 2 * source.nbytes / median(times)
+
+
 def time_row(shape: Shape, args) -> dict:
     inputs = make_inputs(shape)
     steps = contenders(shape, inputs, args.backend, args.compile)
@@ -77,7 +91,7 @@ def time_row(shape: Shape, args) -> dict:
         low, mid, high = quantiles(t)
         row["seconds"][name] = {"median": mid, "p25": low, "p75": high}
     for name in times:
-        if name in ("eager", "compile"):  # times as fast as torch
+        if name in FASTER_THAN:  # times as fast as torch
             row["ratios"][name] = ratio(times, name, "ours")
         elif name in ("copy", "separate"):  # share of their time
             row["ratios"][name] = ratio(times, "ours", name)
@@ -92,7 +106,7 @@ def time_row(shape: Shape, args) -> dict:
 
 
 def meets(name: str, value: float, floor: float) -> bool:
-    return value >= floor if name in ("eager", "compile") else value <= floor
+    return value >= floor if name in FASTER_THAN else value <= floor
 
 
 def loop_row(shape: Shape, args) -> dict[str, float]:
@@ -158,40 +172,10 @@ def memory_row(shape: Shape, names, args) -> dict[str, float]:
     index = select(tiny=args.tiny).index(shape)
     peaks = {}
     for name in names:
-        command = [sys.executable, __file__, "--peak", str(index), name, *args.child]
+        command = [sys.executable, "-m", "kdkernels.bench", "--peak", str(index), name, *args.child]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[name] = int(out.split()[-1]) / (4 * shape.numel)
     return peaks
-
-
-# ---------------------------------------------------------------- errors
-
-
-def error_row(shape: Shape, args) -> dict[str, dict[str, float]]:
-    """Against float64: relative error of the loss, greatest absolute one of the gradient.
-
-    Summed losses, so that the gradient of a frame has its natural size, up to 1.
-    """
-    inputs = make_inputs(shape)
-
-    def evaluate(fn, i: Inputs, **kw):
-        i.student.grad = None
-        loss = fn(i, i.student, reduction="sum", **kw)
-        loss.backward()
-        return loss.detach().double(), i.student.grad.double()
-
-    true_loss, true_grad = evaluate(EAGER[shape.op], inputs.to(torch.float64))
-    errors = {}
-    for name, fn, kw in (
-        ("ours", OURS[shape.op], {"backend": args.backend}),
-        ("eager", EAGER[shape.op], {}),
-    ):
-        loss, grad = evaluate(fn, inputs, **kw)
-        errors[name] = {
-            "loss_relative": ((loss - true_loss) / true_loss).abs().item(),
-            "grad_absolute": (grad - true_grad).abs().max().item(),
-        }
-    return errors
 
 
 # ---------------------------------------------------------------- report
@@ -230,6 +214,7 @@ def describe(args) -> dict:
             "kdkernels": kdkernels.__version__,
         },
         "commit": git_commit(),
+        "peers": peers.installed(),
         "threads": args.threads,
         "rounds": args.rounds,
         "cold": args.cold,
@@ -247,14 +232,17 @@ def print_row(row: dict) -> None:
     times = "  ".join(f"{n} {milliseconds(t['median'])}" for n, t in row["seconds"].items())
     print(f"\n{row['op']} {row['shape']}  {row['note']}\n  {times}")
     for name, r in row["ratios"].items():
-        said = "x as fast as" if name in ("eager", "compile") else "x the time of"
+        said = "x as fast as" if name in FASTER_THAN else "x the time of"
         line = f"  {r['value']:.3g} {said} {name} [{r['p25']:.3g}, {r['p75']:.3g}]"
         if name in row["floors"]:
             f = row["floors"][name]
-            sign = ">=" if name in ("eager", "compile") else "<="
+            sign = ">=" if name in FASTER_THAN else "<="
             line += f"   floor {sign} {f['floor']:g}: {'met' if f['met'] else 'MISSED'}"
         print(line)
-    print(f"  {row['gigabytes_per_second']:.3g} GB/s of {MOVES[row['op']]} logit tensors")
+    print(
+        f"  {row['gigabytes_per_second']:.3g} GB/s of {MOVES[row['op']]} logit tensors, "
+        f"{row['share_of_copy_bandwidth']:.0%} of this machine's copy"
+    )
     if "peak_memory" in row:
         peaks = "  ".join(f"{n} {v:.2f}" for n, v in row["peak_memory"].items())
         print(f"  peak memory, in logit tensors: {peaks}")
@@ -263,6 +251,7 @@ def print_row(row: dict) -> None:
     for name, e in row.get("errors", {}).items():
         print(
             f"  {name}: loss off by {e['loss_relative']:.1e}, gradient by {e['grad_absolute']:.1e}"
+            + ("   DIFFERS from float64" if e["differs"] else "")
         )
 
 
@@ -299,6 +288,7 @@ def main() -> int:
         print(peak_of_one_step(select(tiny=args.tiny)[int(args.peak[0])], args.peak[1], args))
         return 0
     result = describe(args)
+    result["copy_bytes_per_second"] = bandwidth = copy_bandwidth()
     print(json.dumps(result, indent=1))
     result["rows"] = []
     for shape in select(args.op, args.tiny):
@@ -307,13 +297,15 @@ def main() -> int:
         row = {"op": shape.op, "shape": shape.label, "note": shape.note}
         row["logit_bytes"] = 4 * shape.numel
         row |= time_row(shape, args)
+        row["share_of_copy_bandwidth"] = row["gigabytes_per_second"] * 1e9 / bandwidth
         if args.memory or args.all:
-            names = [n for n in row["seconds"] if n != "copy"]
+            names = [n for n in row["seconds"] if n not in ("copy", "optax")]
             row["peak_memory"] = memory_row(shape, names, args)
         if args.loop or args.all:
             row["loop"] = loop_row(shape, args)
         if args.errors or args.all:
-            row["errors"] = error_row(shape, args)
+            names = [n for n in row["seconds"] if n != "copy"]
+            row["errors"] = error_row(shape, names, args.backend)
         print_row(row)
         result["rows"].append(row)
     missed = sum(not f["met"] for row in result["rows"] for f in row["floors"].values())

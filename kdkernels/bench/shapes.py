@@ -52,12 +52,14 @@ SHAPES = [
     _ctc("ctc_loss", 150, 64, 28, 40, "short utterances", eager=15),
     _ctc("ctc_loss", 400, 16, 1000, 60, "subwords", eager=12),
     _ctc("ctc_loss", 150, 16, 5000, 20, "large subword vocabulary", eager=12, copy=1.5),
+    _ctc("ctc_loss", 100, 128, 32, 20, "short utterances, large batch"),
     _ctc("ctc_loss", 3000, 1, 32, 500, "one long utterance"),
     _ctc("ctc_loss", 50, 16, 20, 15, "smallest call"),
     _ctc("ctc_kd_loss", 500, 32, 32, 100, "characters", eager=20, separate=0.75),
     _ctc("ctc_kd_loss", 500, 32, 32, 100, "characters, real batch", varying=True),
     _ctc("ctc_kd_loss", 400, 16, 1000, 60, "subwords", eager=15, separate=0.75),
     _ctc("ctc_kd_loss", 150, 16, 5000, 20, "large subword vocabulary"),
+    _ctc("ctc_kd_loss", 200, 1, 51865, 40, "Whisper's vocabulary, one utterance"),
     _ctc("ctc_kd_loss", 50, 16, 20, 15, "smallest call"),
 ]
 

@@ -1,4 +1,4 @@
-"""What is compared: this package, torch in eager mode, torch.compile, and a plain copy.
+"""What is compared: this package, eager torch, torch.compile, installed peers, and a plain copy.
 
 Every step is one training step as the loss sees it: raw logits in, `backward()`, and a gradient
 tensor that did not exist before.
@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 
 import kdkernels as kd
+
+from . import peers
+from .shapes import Shape
 
 TEMPERATURE = 2.0
 
@@ -144,5 +146,7 @@ def contenders(
         steps["compile"] = step_of(torch.compile(eager_kd, dynamic=False), inputs)
     if shape.op == "ctc_kd_loss":
         steps["separate"] = ours(separate_ctc_kd)
+    if shape.op == "ctc_loss" and compiled and peers.installed()["optax"]:
+        steps["optax"] = peers.optax_ctc(inputs, "mean")
     steps["copy"] = copy_step(inputs, COPIES[shape.op])
     return steps

@@ -2,8 +2,8 @@
 // back; they meet in the middle, where the likelihood is known, and then each goes on through the
 // other's half and turns the other's stored rows into occupancies.
 //
-// A state's value is mantissa * 2^exponent, one exponent a state: sums are integer shifts and
-// multiply-adds, with neither exp nor log, and nothing underflows. States are kept as pairs, split
+// A state's value is mantissa * 2^exponent, one exponent a state: sums are shifts by whole powers of
+// two, with neither exp nor log, and nothing underflows. States are kept as pairs, split
 // in two arrays: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that
 // each needs one neighbour, the label of the pair before it in its own direction:
 //   x       = blank[k] + label[k -/+ 1]
@@ -24,44 +24,38 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// Exponents: that of a state with probability 0, and of a symbol with probability 0. Between two
-// normalisations kPeriod of the latter may be added to the former without overflow.
+// Exponents are whole numbers in Float, exact down to kZeroLikelihood: a likelihood below that
+// passed through a symbol with probability 0.
 template <class Float>
-constexpr typename Simd<Float>::Int kZeroState =
-    sizeof(Float) == 8 ? -(int64_t(1) << 52) : -(int64_t(1) << 27);
+constexpr Float kZeroLikelihood = -Float(int64_t(1) << (Simd<Float>::kMantissaBits + 1));
+// That of a symbol with probability 0, and of a state.
 template <class Float>
-constexpr typename Simd<Float>::Int kZeroSymbol = kZeroState<Float> / 4;
-// A likelihood below 2^kZeroLikelihood passed through a symbol with probability 0.
+constexpr Float kZeroSymbol = 2 * kZeroLikelihood<Float>;
 template <class Float>
-constexpr typename Simd<Float>::Int kZeroLikelihood = kZeroSymbol<Float> / 2;
+constexpr Float kZeroState = 8 * kZeroLikelihood<Float>;
 constexpr int64_t kPeriod = 8;  // frames between normalisations: mantissas stay below 6^8
 
 template <class Float>
 struct Number {  // of each lane: m * 2^e
-  Vec<Float> m;
-  VecInt<Float> e;
+  Vec<Float> m, e;
 };
 
 template <class Float>
 KDKERNELS_INLINE Number<Float> zero_number() {
-  return {Vec<Float>{}, VecInt<Float>{} + kZeroState<Float>};
+  return {Vec<Float>{}, broadcast(kZeroState<Float>)};
 }
 
 template <class Float>
 KDKERNELS_INLINE Number<Float> add(Number<Float> a, Number<Float> b) {
-  const VecInt<Float> e = max(a.e, b.e);
-  return {a.m * power_of_two<Float>(a.e - e) + b.m * power_of_two<Float>(b.e - e), e};
+  const Vec<Float> e = max(a.e, b.e);
+  return {scale_by_power<Float>(a.m, a.e - e) + scale_by_power<Float>(b.m, b.e - e), e};
 }
 
+// With the mantissa in [1, 2).
 template <class Float>
 KDKERNELS_INLINE Number<Float> normalised(Number<Float> a) {
-  using S = Simd<Float>;
-  using I = VecInt<Float>;
-  const I bits = (I)a.m;
-  const I one = (I)broadcast(Float(1));
-  const typename S::Int mantissa = (typename S::Int(1) << S::kMantissaBits) - 1;
-  return {(Vec<Float>)((bits & mantissa) | one),
-          max(a.e + ((bits >> S::kMantissaBits) - S::kBias), I{} + kZeroState<Float>)};
+  const Vec<Float> e = a.e + exponent_of<Float>(a.m);
+  return {mantissa_of<Float>(a.m), max(e, broadcast(kZeroState<Float>))};
 }
 
 // What the recursion knows of an utterance.
@@ -71,13 +65,13 @@ struct Lattice {
   int64_t T, S;
   int64_t width;         // pairs (S + 1) in whole vectors, in elements
   const Float* blank_m;  // [T], probability of blank, in (m, e)
-  const Int* blank_e;    // [T]
+  const Float* blank_e;  // [T]
   // Probabilities of the labels, in (m, e). Of a small alphabet, where registers can be looked up
   // in, those of its classes, [T][2 W], and the class of each label in `class_of`; else those of
   // each label, [T][width + W]. Label k is at element W + k of the latter two; where there is no
   // label is a symbol of probability 0, which in the table takes the place of blank.
   const Float* label_m;
-  const Int* label_e;
+  const Float* label_e;
   const Int* class_of;  // [width + W], or null
   const Int* skip;      // [width], -1 where label k - 1 may be followed by label k, else 0
   int64_t row() const { return class_of ? 2 * kLanes<Float> : width + kLanes<Float>; }
@@ -107,7 +101,7 @@ struct PairRow {
     return base + array * stride + (j + 1) * kLanes<Float>;
   }
   Number<Float> get(int64_t array, int64_t j) const {
-    return {load<Vec<Float>>(at(array, j)), load<VecInt<Float>>(at(array + 1, j))};
+    return {load<Vec<Float>>(at(array, j)), load<Vec<Float>>(at(array + 1, j))};
   }
   void set(int64_t array, int64_t j, Number<Float> x) {
     store(at(array, j), x.m);
@@ -219,11 +213,11 @@ class Chain {
     // Label k is at element W + k; the pair k of beta has label k - 1.
     constexpr int64_t first = W - (kForward ? 0 : 1);
     const Float* const m = lattice_->label_m + frame(i) * lattice_->row();
-    const Int* const e = lattice_->label_e + frame(i) * lattice_->row();
+    const Float* const e = lattice_->label_e + frame(i) * lattice_->row();
     if constexpr (kHasLookup<Float>) {
       if (const Int* const class_of = lattice_->class_of) {
         const Vec<Float> low_m = load<Vec<Float>>(m), high_m = load<Vec<Float>>(m + W);
-        const VecInt<Float> low_e = load<VecInt<Float>>(e), high_e = load<VecInt<Float>>(e + W);
+        const Vec<Float> low_e = load<Vec<Float>>(e), high_e = load<Vec<Float>>(e + W);
         return walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
           const VecInt<Float> index = load<VecInt<Float>>(class_of + first + j * W);
           return {lookup(low_m, high_m, index), lookup(low_e, high_e, index)};
@@ -231,7 +225,7 @@ class Chain {
       }
     }
     walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
-      return {load<Vec<Float>>(m + first + j * W), load<VecInt<Float>>(e + first + j * W)};
+      return {load<Vec<Float>>(m + first + j * W), load<Vec<Float>>(e + first + j * W)};
     });
   }
 
@@ -241,8 +235,7 @@ class Chain {
                              Probability probability) const {
     const Band now = band(i), before = band(i - 1);
     const int64_t t = frame(i);
-    const Number<Float> p_blank{broadcast(lattice_->blank_m[t]),
-                                VecInt<Float>{} + lattice_->blank_e[t]};
+    const Number<Float> p_blank{broadcast(lattice_->blank_m[t]), broadcast(lattice_->blank_e[t])};
     const bool normalise = i % kPeriod == kPeriod - 1;
     const auto pair = [&](int64_t j, Number<Float> label, Number<Float> neighbour) {
       const Number<Float> blank = from.blank(j);

@@ -86,13 +86,12 @@ void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
 // exp(max) times the sum of the exponentials, so that a logit becomes a probability in (m, e).
 template <class Float>
 struct SoftmaxScale {
-  Float max, inverse_m;  // sum = m * 2^e with m in [1, 2)
-  typename Simd<Float>::Int e;
+  Float max, inverse_m, e;  // sum = m * 2^e with m in [1, 2)
 
   explicit SoftmaxScale(Float max, double sum) : max(max) {
-    const int64_t bits = bit_cast<int64_t>(sum);
-    e = typename Simd<Float>::Int((bits >> 52) - 1023);
-    inverse_m = Float(1 / bit_cast<double>(bits - (int64_t(e) << 52)));
+    const int64_t bits = bit_cast<int64_t>(sum), exponent = (bits >> 52) - 1023;
+    e = Float(exponent);
+    inverse_m = Float(1 / bit_cast<double>(bits - (exponent << 52)));
   }
 };
 
@@ -113,8 +112,7 @@ KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<F
   const V n = coarse + fine;
   V r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
   r = d > lowest ? r + lost : V{};
-  return {small_exp<Float>(r) * scale.inverse_m,
-          __builtin_convertvector(n, VecInt<Float>) - scale.e};
+  return {small_exp<Float>(r) * scale.inverse_m, n - scale.e};
 }
 
 }  // namespace KDKERNELS_TARGET

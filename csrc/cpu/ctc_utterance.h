@@ -43,9 +43,9 @@ class Utterance {
     rest_ = arena.take<double>(T);
     kd_ = arena.take<double>(T);
     blank_m_ = arena.take<Float>(T);
-    blank_e_ = arena.take<Int>(T);
+    blank_e_ = arena.take<Float>(T);
     label_m_ = arena.take<Float>(T * (width + W));
-    label_e_ = arena.take<Int>(T * (width + W));
+    label_e_ = arena.take<Float>(T * (width + W));
     class_of_ = arena.take<Int>(width + W);
     skip_ = arena.take<Int>(width);
     label_ = arena.take<int32_t>(S);
@@ -119,7 +119,7 @@ class Utterance {
     for (int64_t t = 0; t < T_; t++) {
       const SoftmaxScale<Float> scale(Float(max_[t]), 1 + rest_[t]);
       Float* const m = label_m_ + t * row;
-      Int* const e = label_e_ + t * row;
+      Float* const e = label_e_ + t * row;
       for (int64_t k = first; k < row; k += W) {
         const Number<Float> p = to_probability(load<Vec<Float>>(m + k), scale);
         store(m + k, p.m);
@@ -155,8 +155,8 @@ class Utterance {
     visit(alpha_, middle(), beta_, i, [&](int64_t, Number<Float> blank, Number<Float> label) {
       sum = add(normalised(sum), add(blank, label));
     });
-    const Int e = reduce_max(sum.e);
-    const double m = double(reduce_add(sum.m * power_of_two<Float>(sum.e - e)));
+    const Float e = reduce_max(sum.e);
+    const double m = double(reduce_add(scale_by_power<Float>(sum.m, sum.e - e)));
     if (e < kZeroLikelihood<Float> || !(m > 0)) {
       runs_ = false;
       return;
@@ -386,7 +386,7 @@ class Utterance {
   void occupy(Chain<Float, kForward>& chain, int64_t i, Chain<Float, !kForward>& other,
               Occupancies<Float>& occupancies) {
     const auto probability = [&](Number<Float> x) {
-      return x.m * likelihood_inverse_m_ * power_of_two<Float>(x.e - likelihood_e_);
+      return scale_by_power<Float>(x.m * likelihood_inverse_m_, x.e - likelihood_e_);
     };
     Float* const labels = occupancies.add(chain.frame(i)) - (kForward ? 0 : 1);
     Vec<Float> blanks{};
@@ -426,16 +426,15 @@ class Utterance {
   int64_t n_ = 0, T_ = 0, S_ = 0, symbols_ = 0;
   bool labelled_ = false, runs_ = false;
   double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
-  Int likelihood_e_ = 0;
-  Float likelihood_inverse_m_ = 0;
+  Float likelihood_e_ = 0, likelihood_inverse_m_ = 0;
   Lattice<Float> lattice_{};
   Chain<Float, true> alpha_;
   Chain<Float, false> beta_;
   Occupancies<Float> occupancies_[2];  // of alpha and of beta
 
   double *max_, *rest_, *kd_;  // [T], SoftmaxRow and divergence of each frame
-  Float *blank_m_, *label_m_;  // see Lattice
-  Int *blank_e_, *label_e_, *class_of_, *skip_;
+  Float *blank_m_, *blank_e_, *label_m_, *label_e_;  // see Lattice
+  Int *class_of_, *skip_;
   Float* dense_;              // [T][symbols + 1], dense gradient at each symbol and at blank
   int32_t* label_;            // [S]
   int32_t* symbol_;           // [S], number of the label among the distinct ones

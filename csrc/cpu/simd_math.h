@@ -9,12 +9,43 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// 2^n for integer n in [-kBias, kBias], 0 for smaller n.
+// m 2^e for a whole number e <= kBias; 0 for an e too small.
 template <class Float>
-KDKERNELS_INLINE Vec<Float> power_of_two(VecInt<Float> n) {
-  using S = Simd<Float>;
-  const VecInt<Float> biased = max(n + S::kBias, VecInt<Float>{});
-  return (Vec<Float>)(biased << S::kMantissaBits);
+KDKERNELS_INLINE Vec<Float> scale_by_power(Vec<Float> m, Vec<Float> e) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_scalef_ps((__m512)m, (__m512)e);
+  } else {
+    return (Vec<Float>)_mm512_scalef_pd((__m512d)m, (__m512d)e);
+  }
+#else
+  using S = Simd<Float>;  // the sum's last bits are e's biased exponent
+  const Vec<Float> biased = max(e, broadcast(Float(-S::kBias))) + (S::kRound + S::kBias);
+  return m * (Vec<Float>)((VecInt<Float>)biased << S::kMantissaBits);
+#endif
+}
+
+// x = mantissa_of(x) 2^exponent_of(x), the mantissa in [1, 2), for normal x > 0. Of 0 the exponent
+// is -kBias or less.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> mantissa_of(Vec<Float> x) {
+  constexpr auto kBits = (typename Simd<Float>::Int(1) << Simd<Float>::kMantissaBits) - 1;
+  return (Vec<Float>)(((VecInt<Float>)x & kBits) | (VecInt<Float>)broadcast(Float(1)));
+}
+template <class Float>
+KDKERNELS_INLINE Vec<Float> exponent_of(Vec<Float> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_getexp_ps((__m512)x);
+  } else {
+    return (Vec<Float>)_mm512_getexp_pd((__m512d)x);
+  }
+#else
+  using S = Simd<Float>;  // a number whose last bits are the biased exponent, less what it is in all
+  const VecInt<Float> bits =
+      ((VecInt<Float>)x >> S::kMantissaBits) | (VecInt<Float>)broadcast(S::kRound);
+  return (Vec<Float>)bits - (S::kRound + S::kBias);
+#endif
 }
 
 // k[0] + k[1] x + ... by Estrin's scheme: a shorter chain than Horner's, which matters more than

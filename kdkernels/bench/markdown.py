@@ -114,12 +114,10 @@ def has_gpu(results: list[dict]) -> bool:
 
 def peers_list(result: dict) -> str:
     lines = []
-    for name, peer in result["peers"].items():
-        if not isinstance(peer, dict):  # results of the first version hold the version alone
-            peer = {"version": peer, "why_not": None if peer else "not installed"}
+    for name, peer in result.get("peers", {}).items():
         said = [peer["version"] or "no row"] + ([peer["why_not"]] if peer["why_not"] else [])
         lines.append(f"- {name}: {'; '.join(said)}")
-    return "Peers:\n\n" + "\n".join(lines)
+    return "Peers:\n\n" + "\n".join(lines or ["- not recorded"])
 
 
 # ---- sections of the report: result -> Markdown, empty where it was not measured
@@ -180,7 +178,7 @@ def peak_memory(result: dict) -> str:
 def errors(result: dict) -> str:
     def show(e):
         text = " / ".join(f"{e[k]:.1e}" for k in ("loss_relative", "grad_absolute") if k in e)
-        return text + (" **differs**" if e["differs"] else "")
+        return text + (" **differs**" if e.get("differs") else "")
 
     text = named_table(result, "errors", show)
     return text and (

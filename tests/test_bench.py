@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdkernels.bench import markdown, peers
+from kdkernels.bench.compare import interval, verdict
 from kdkernels.bench.contenders import contenders, make_inputs
 from kdkernels.bench.errors import judged
 from kdkernels.bench.report import BEGIN, END, PAGE, with_section
@@ -67,7 +68,7 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
     result = {
         "machine": {"cpu": "a CPU"},
         "versions": {"torch": "2.13.0", "kdkernels": "0.1.0"},
-        "commit": "0123456789abcdef",
+        "commit": "0123456789abcdef-dirty",
         "peers": {"optax": {"version": None, "why_not": "not installed"}},
         "threads": 2,
         "dtype": "float32",
@@ -98,7 +99,7 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
     for title in markdown.SECTIONS:
         assert f"### {title}\n" in text
     assert "optax: no row; not installed" in text
-    assert "0123456789ab" in text
+    assert "at 0123456789ab with changes, float32" in text
     assert "1.0e-02 / 2.0e-07 **differs**" in text
     assert "| `kd_loss` | (64, 32) | 0.02 ms | 0.05 ms (2.5x) |  | 12% | 1.0 V | 5.2 V |" in (
         markdown.readme_section([result])
@@ -132,6 +133,16 @@ def test_a_contender_off_float64_is_marked():
     assert judged(loss_relative=1e-3)["differs"]
     assert judged(loss_relative=0.0, grad_absolute=float("nan"))["differs"]
     assert not judged(loss_relative=1e-7, grad_absolute=1e-6)["differs"]
+
+
+def test_a_row_has_moved_only_when_it_leaves_the_noise():
+    old = [1.0] * 25
+    quiet = {"old": old, "again": old}
+    assert verdict(quiet | {"new": [1.1] * 25})["moved"] == "slower"
+    assert verdict(quiet | {"new": [0.9] * 25})["moved"] == "faster"
+    assert verdict(quiet | {"new": [1.01] * 25})["moved"] == ""
+    assert verdict({"old": old, "again": [1.2] * 25, "new": [1.1] * 25})["moved"] == ""
+    assert interval([float(i) for i in range(25)]) == (7.0, 17.0)
 
 
 @pytest.mark.parametrize("shape", TINY, ids=lambda s: f"{s.op} {s.label}")

@@ -43,9 +43,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def conditions(result: dict) -> str:
     """Machine, versions and commit of a result, in one sentence."""
     m, v = result["machine"], result["versions"]
+    commit, _, dirty = result["commit"].partition("-")
+    commit = commit[:12] + (" with changes" if dirty else "")
     text = (
         f"{m.get('gpu') or m['cpu']}, {result['threads']} threads, torch {v['torch']}, kdkernels "
-        f"{v['kdkernels']} at {result['commit'][:12]}, {result['dtype']}"
+        f"{v['kdkernels']} at {commit}, {result['dtype']}"
     )
     if "copy_bytes_per_second" in result:
         text += f"; copies {result['copy_bytes_per_second'] / 1e9:.3g} GB/s"

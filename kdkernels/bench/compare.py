@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,19 @@ def build(commit: str, folder: Path, pip_options: list[str]) -> Path:
 
 
 def environment(site: Path, **variables: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(site)} | variables
+    paths = (str(site), sysconfig.get_path("purelib"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
+# Without `site`, or the import hook of an editable install would put its own sources in the place
+# of the folder's.
+CHILD = [sys.executable, "-S", "-m", "kdkernels.bench.compare"]
+
+
+def check_sources() -> None:
+    """A child runs in the folder whose package it must measure."""
+    if not Path(__file__).is_relative_to(Path.cwd()):
+        raise SystemExit(f"compare: expected the package in {Path.cwd()}, got {__file__}")
 
 
 # ---------------------------------------------------------------- wall time
@@ -76,7 +89,7 @@ def serve(args) -> None:
 
 class Child:
     def __init__(self, site: Path, args):
-        command = [sys.executable, "-m", "kdkernels.bench.compare", "--serve"]
+        command = [*CHILD, "--serve"]
         command += ["--threads", str(args.threads), *(["--tiny"] if args.tiny else [])]
         self.process = subprocess.Popen(
             command, cwd=site, env=environment(site), text=True,
@@ -158,7 +171,7 @@ def instructions(site: Path, rows: list[int], args) -> dict[int, int]:
             f"--dump-after={k}" for k in kernels
         ]
         command += [f"--callgrind-out-file={folder}/out"]
-        command += [sys.executable, "-m", "kdkernels.bench.compare"]
+        command += CHILD
         command += [*(["--tiny"] if args.tiny else []), "--once", *map(str, rows)]
         variables = {"KDKERNELS_TARGET": "avx2", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         subprocess.run(command, check=True, cwd=site, env=environment(site, **variables))
@@ -195,6 +208,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.serve or args.once:
+        check_sources()
         (serve if args.serve else run_once)(args)
         return 0
     if len(args.commits) != 2:

@@ -31,7 +31,7 @@ def run(benchmark, shape):
     from kdkernels.bench.contenders import contenders, make_inputs
 
     def run(name):
-        step = contenders(shape, make_inputs(shape), compiled=name == "compile")[name]
+        step = contenders(shape, make_inputs(shape), only=name)[name]
         benchmark.group = f"{shape.op} {shape.label}"
         benchmark.extra_info["logit_bytes"] = 4 * shape.numel
         benchmark.pedantic(step, rounds=20, warmup_rounds=3)

@@ -1,14 +1,176 @@
-"""The README's table of speed is the one that the committed results make."""
+"""The benchmarks' reports: what the README and docs/ say is what the committed results make."""
 
 import json
 from pathlib import Path
 
-from kdkernels.bench.report import BEGIN, END, table
+import pytest
+
+from kdkernels.bench import markdown, peers
+from kdkernels.bench.compare import interval, verdict
+from kdkernels.bench.contenders import contenders, make_inputs
+from kdkernels.bench.errors import judged
+from kdkernels.bench.report import BEGIN, END, PAGE, with_section
+from kdkernels.bench.shapes import OPS, SHAPES, TINY
+from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_agrees_with_the_results():
-    result = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+@pytest.fixture(scope="module")
+def results():
+    return [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+
+
+def test_readme_agrees_with_the_results(results):
     shown = (ROOT / "README.md").read_text().split(BEGIN)[1].split(END)[0]
-    assert shown.strip() == table(result)
+    assert shown.strip() == markdown.readme_section(results)
+
+
+def test_docs_agree_with_the_results(results):
+    plots = tuple(p.name for p in sorted((ROOT / "docs").glob("benchmark-*.png")))
+    page = (ROOT / "docs" / PAGE).read_text()
+    assert sorted(plots) == sorted(x for x in plots if f"]({x})" in page)
+    before_plots = page.split("\n\n![")[0].strip()
+    assert before_plots == markdown.report(results).strip()
+
+
+def test_a_gpu_that_was_not_measured_is_said_to_be_missing(results):
+    cpu = [r for r in results if not r["machine"].get("gpu")]
+    for text in (markdown.readme_section(cpu), markdown.report(cpu)):
+        assert markdown.NO_GPU in text
+    with_gpu = [cpu[0] | {"machine": cpu[0]["machine"] | {"gpu": "NVIDIA H100"}}]
+    assert markdown.NO_GPU not in markdown.readme_section(with_gpu)
+    assert "NVIDIA H100" in markdown.readme_section(with_gpu)
+
+
+def test_every_section_of_the_report_is_made_from_a_complete_result():
+    row = {
+        "op": "kd_loss",
+        "shape": "(64, 32)",
+        "note": "smallest call",
+        "logit_bytes": 8192,
+        "seconds": {
+            "ours": {"median": 2e-5, "p25": 1.9e-5, "p75": 2.1e-5},
+            "eager": {"median": 5e-5, "p25": 4e-5, "p75": 6e-5},
+        },
+        "ratios": {"eager": {"value": 2.5, "p25": 2.4, "p75": 2.6}},
+        "gigabytes_per_second": 1.2288,
+        "share_of_copy_bandwidth": 0.12,
+        "floors": {"eager": {"floor": 3, "met": False}},
+        "one_thread": {"ours": 3e-5, "eager": 9e-5},
+        "peak_memory": {"ours": 1.0, "eager": 5.25},
+        "loop": {"ours": 1e-4, "eager": 2e-4, "idle": 5e-5},
+        "errors": {
+            "ours": {"loss_relative": 1e-7, "grad_absolute": 2e-7, "differs": False},
+            "eager": {"loss_relative": 1e-2, "grad_absolute": 2e-7, "differs": True},
+        },
+    }
+    result = {
+        "machine": {"cpu": "a CPU"},
+        "versions": {"torch": "2.13.0", "kdkernels": "0.1.0"},
+        "commit": "0123456789abcdef-dirty",
+        "peers": {"optax": {"version": None, "why_not": "not installed"}},
+        "threads": 2,
+        "dtype": "float32",
+        "copy_bytes_per_second": 1e10,
+        "rows": [row],
+        "accuracy": {
+            "ctc_against_T": [{"T": 50, "ours": 1e-6, "eager": 1e-4}],
+            "kd_against_kl": [{"kl": 1e-8, "ours": 1e-5, "eager": 0.9, "trl": 0.8}],
+        },
+        "scaling": [
+            {
+                "op": "ctc_loss",
+                "axis": "T",
+                "others": {"N": 8},
+                "points": [{"x": 100, "ours": 1e-3, "eager": 2e-2}],
+            }
+        ],
+        "training_step": [
+            {
+                "shape": "(200, 8, 32, 40)",
+                "parameters": 500_000,
+                "seconds": {"ours": 0.02, "eager": 0.05, "idle": 0.019},
+                "share": {"ours": 0.05, "eager": 0.62},
+            }
+        ],
+    }
+    text = markdown.report([result])
+    for title in markdown.SECTIONS:
+        assert f"### {title}\n" in text
+    assert "optax: no row; not installed" in text
+    assert "at 0123456789ab with changes, float32" in text
+    assert "1.0e-02 / 2.0e-07 **differs**" in text
+    assert "| `kd_loss` | (64, 32) | 0.02 ms | 0.05 ms (2.5x) |  | 12% | 1.0 V | 5.2 V |" in (
+        markdown.readme_section([result])
+    )
+    assert "floor >= 3: MISSED" in markdown.row_text(row)
+
+
+def test_readme_without_markers_is_an_error():
+    with pytest.raises(SystemExit, match="expected one pair"):
+        with_section("nothing", "a table")
+
+
+def test_contenders_take_turns_until_the_rounds_or_the_seconds_are_over():
+    turns = []
+    steps = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
+    times = interleave(steps, rounds=3, cold=True)  # cold: one call a turn
+    assert [len(t) for t in times.values()] == [3, 3]
+    assert "".join(turns[-6:]) == "abbaab"
+    assert [len(t) for t in interleave(steps, 50, seconds=0, cold=True).values()] == [
+        MIN_ROUNDS,
+        MIN_ROUNDS,
+    ]
+
+
+def test_ratio_is_of_medians_with_the_spread_within_rounds():
+    times = {"a": [2.0, 4.0, 6.0], "b": [1.0, 1.0, 2.0]}
+    assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
+
+
+def test_a_contender_off_float64_is_marked():
+    assert judged(loss_relative=1e-3)["differs"]
+    assert judged(loss_relative=0.0, grad_absolute=float("nan"))["differs"]
+    assert not judged(loss_relative=1e-7, grad_absolute=1e-6)["differs"]
+
+
+def test_a_row_has_moved_only_when_it_leaves_the_noise():
+    old = [1.0] * 25
+    quiet = {"old": old, "again": old}
+    assert verdict(quiet | {"new": [1.1] * 25})["moved"] == "slower"
+    assert verdict(quiet | {"new": [0.9] * 25})["moved"] == "faster"
+    assert verdict(quiet | {"new": [1.01] * 25})["moved"] == ""
+    assert verdict({"old": old, "again": [1.2] * 25, "new": [1.1] * 25})["moved"] == ""
+    assert interval([float(i) for i in range(25)]) == (7.0, 17.0)
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda s: f"{s.op} {s.label}")
+def test_every_contender_runs(shape):
+    steps = contenders(shape, make_inputs(shape), compile=False)
+    assert next(iter(steps)) == "ours"
+    for step in steps.values():
+        step()
+
+
+def test_every_operator_has_rows_and_a_benchmark_file():
+    for op in OPS:
+        assert any(s.op == op and s.note == "smallest call" for s in SHAPES)
+        assert (ROOT / f"benchmarks/bench_{op}.py").exists()
+        assert op in markdown.MOVES
+
+
+def test_a_peer_without_a_row_has_a_reason():
+    for peer in peers.status().values():
+        assert peer["version"] or peer["why_not"]
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from kdkernels.bench import plots
+
+    points = [{"x": x, "logit_bytes": 4 * x, "ours": 1e-3 * x, "eager": 0.1} for x in (1, 10)]
+    sweep = {"op": "kd_loss", "axis": "rows", "others": {"C": 5}, "points": points}
+    result = {"machine": {"caches": {"L2": 48}}, "scaling": [sweep]}
+    assert plots.draw([result], tmp_path) == ("benchmark-scaling.png",)
+    assert (tmp_path / "benchmark-scaling.png").read_bytes().startswith(b"\x89PNG")

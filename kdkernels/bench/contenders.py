@@ -1,10 +1,11 @@
 """What is compared: this package, eager torch, torch.compile, installed peers, and a plain copy.
 
 Every step is one training step as the loss sees it: raw logits in, `backward()`, and a gradient
-tensor that did not exist before.
+tensor that did not exist before. ctc_align has no gradient: its step is the call.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from . import peers
 from .shapes import Shape
 
 TEMPERATURE = 2.0
+BETA = 0.5  # of the Jensen-Shannon divergence
 
 
 class Inputs(NamedTuple):
@@ -25,6 +27,7 @@ class Inputs(NamedTuple):
     input_lengths: torch.Tensor | None  # [N]
     target_lengths: torch.Tensor | None  # [N]
     frames: torch.Tensor | None  # bool [T, N], frames that count
+    divergence: str = "forward_kl"
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         student = self.student.detach().to(dtype, copy=True).requires_grad_()
@@ -38,7 +41,7 @@ def make_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> Inpu
     student = torch.randn(size, generator=g).to(device, dtype).requires_grad_()
     teacher = torch.randn(size, generator=g).mul_(2).to(device, dtype)
     if shape.op == "kd_loss":
-        return Inputs(student, teacher, None, None, None, None)
+        return Inputs(student, teacher, None, None, None, None, shape.divergence)
     T, N, C, S = shape.T, shape.N, shape.C, shape.S
     targets = torch.randint(1, C, (N, S), generator=g)
     target_lengths = torch.full((N,), S)
@@ -57,7 +60,10 @@ def make_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> Inpu
 
 
 def ours_kd(i: Inputs, x, reduction="batchmean", backend=None):
-    return kd.kd_loss(x, i.teacher, temperature=TEMPERATURE, reduction=reduction, backend=backend)
+    return kd.kd_loss(
+        x, i.teacher, temperature=TEMPERATURE, divergence=i.divergence, beta=BETA,
+        reduction=reduction, backend=backend,
+    )  # fmt: skip
 
 
 def ours_ctc(i: Inputs, x, reduction="mean", backend=None):
@@ -83,9 +89,15 @@ def separate_ctc_kd(i: Inputs, x, reduction="mean", backend=None):
 
 
 def eager_kd(i: Inputs, x, reduction="batchmean"):
-    log_p = F.log_softmax(x / TEMPERATURE, -1)
-    q = F.softmax(i.teacher / TEMPERATURE, -1)
-    return F.kl_div(log_p, q, reduction=reduction) * TEMPERATURE**2
+    log_q = F.log_softmax(x / TEMPERATURE, -1)
+    if i.divergence == "forward_kl":
+        p = F.softmax(i.teacher / TEMPERATURE, -1)
+        return F.kl_div(log_q, p, reduction=reduction) * TEMPERATURE**2
+    log_p = F.log_softmax(i.teacher / TEMPERATURE, -1)
+    log_m = (BETA * log_p.exp() + (1 - BETA) * log_q.exp()).log()
+    of_teacher = F.kl_div(log_m, log_p, reduction=reduction, log_target=True)
+    of_student = F.kl_div(log_m, log_q, reduction=reduction, log_target=True)
+    return (BETA * of_teacher + (1 - BETA) * of_student) * TEMPERATURE**2
 
 
 def eager_ctc(i: Inputs, x, reduction="mean"):
@@ -106,7 +118,46 @@ EAGER = {"kd_loss": eager_kd, "ctc_loss": eager_ctc, "ctc_kd_loss": eager_ctc_kd
 
 # Logit tensors that a copy must move to equal the least traffic of the operator: 3 V read or
 # written are 1.5 copies. CTC is held to 3 copies.
-COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0}
+COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
+
+
+def compiled(loss: Callable, device: str) -> Callable:
+    torch._dynamo.reset()
+    mode = "max-autotune" if device == "cuda" else None
+    return torch.compile(loss, dynamic=False, mode=mode)
+
+
+def loss_table(shape: Shape, backend: str | None = None, device: str = "cpu"):
+    """Name -> function that makes the loss (or the compiled one), `ours` first."""
+    op = shape.op
+    table = {
+        "ours": lambda: partial(OURS[op], backend=backend),
+        "eager": lambda: EAGER[op],
+        "compile": lambda: compiled(EAGER[op], device),
+    }
+    if op == "kd_loss":
+        table["trl"] = lambda: partial(peers.trl_divergence, temperature=TEMPERATURE, beta=BETA)
+        if peers.liger_runs(device):
+            table["liger"] = lambda: partial(
+                peers.liger_divergence, temperature=TEMPERATURE, beta=BETA
+            )
+    if op == "ctc_kd_loss":
+        table["separate"] = lambda: partial(separate_ctc_kd, backend=backend)
+    return table
+
+
+def align_table(backend: str | None = None):
+    """Name -> (inputs) -> (paths [N, T], scores [N])."""
+
+    def ours(i: Inputs, backend=backend):
+        return kd.ctc_align(
+            i.student.detach(), i.targets, i.input_lengths, i.target_lengths, backend=backend
+        )
+
+    table = {"ours": ours, "reference": partial(ours, backend="reference")}
+    if peers.status()["torchaudio"]["version"]:
+        table["torchaudio"] = peers.torchaudio_align
+    return table
 
 
 def step_of(loss: Callable, inputs: Inputs) -> Callable[[], None]:
@@ -133,20 +184,21 @@ def copy_step(inputs: Inputs, tensors: float) -> Callable[[], None]:
 
 
 def contenders(
-    shape: Shape, inputs: Inputs, backend: str | None = None, compiled: bool = True
+    shape: Shape,
+    inputs: Inputs,
+    backend: str | None = None,
+    compile: bool = True,
+    only: str | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """Name -> step, `ours` first."""
-
-    def ours(fn):
-        return step_of(lambda i, x: fn(i, x, backend=backend), inputs)
-
-    steps = {"ours": ours(OURS[shape.op]), "eager": step_of(EAGER[shape.op], inputs)}
-    if shape.op == "kd_loss" and compiled:
-        torch._dynamo.reset()
-        steps["compile"] = step_of(torch.compile(eager_kd, dynamic=False), inputs)
-    if shape.op == "ctc_kd_loss":
-        steps["separate"] = ours(separate_ctc_kd)
-    if shape.op == "ctc_loss" and compiled and peers.installed()["optax"]:
-        steps["optax"] = peers.optax_ctc(inputs, "mean")
-    steps["copy"] = copy_step(inputs, COPIES[shape.op])
-    return steps
+    """Name -> step, `ours` first; without those that take long to compile, or one alone."""
+    device = inputs.student.device.type
+    if shape.op == "ctc_align":
+        table = {n: partial(partial, f, inputs) for n, f in align_table(backend).items()}
+    else:
+        losses = loss_table(shape, backend, device)
+        table = {n: lambda make=make: step_of(make(), inputs) for n, make in losses.items()}
+    if shape.op == "ctc_loss" and peers.status()["optax"]["version"] and device == "cpu":
+        table["optax"] = lambda: peers.optax_ctc(inputs, "mean")
+    table["copy"] = lambda: copy_step(inputs, COPIES[shape.op])
+    skipped = () if compile else ("compile", "optax")
+    return {n: make() for n, make in table.items() if n not in skipped and only in (None, n)}

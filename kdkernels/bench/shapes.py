@@ -17,11 +17,15 @@ class Shape(NamedTuple):
     note: str = ""
     varying: bool = False  # lengths differ from utterance to utterance
     floors: dict[str, float] | None = None
+    divergence: str = "forward_kl"
 
     @property
     def label(self) -> str:
         sizes = (self.N, self.C) if self.op == "kd_loss" else (self.T, self.N, self.C, self.S)
-        return f"({', '.join(map(str, sizes))})" + (" varying" if self.varying else "")
+        label = f"({', '.join(map(str, sizes))})"
+        if self.divergence != "forward_kl":
+            label += f" {self.divergence}"
+        return label + (" varying" if self.varying else "")
 
     @property
     def numel(self) -> int:
@@ -29,8 +33,8 @@ class Shape(NamedTuple):
         return self.T * self.N * self.C
 
 
-def _kd(rows, C, note, **floors):
-    return Shape("kd_loss", 1, rows, C, 0, note, False, floors)
+def _kd(rows, C, note, divergence="forward_kl", **floors):
+    return Shape("kd_loss", 1, rows, C, 0, note, False, floors, divergence)
 
 
 def _ctc(op, T, N, C, S, note, varying=False, **floors):
@@ -44,6 +48,7 @@ SHAPES = [
     _kd(1024, 32000, "language model", eager=20, compile=4, copy=2),
     _kd(512, 51865, "Whisper"),
     _kd(128, 151936, "language model, large vocabulary"),
+    _kd(4096, 5000, "large subword vocabulary, Jensen-Shannon", "jsd"),
     _kd(64, 32, "smallest call"),
     _ctc("ctc_loss", 500, 32, 32, 100, "characters", eager=20),
     _ctc("ctc_loss", 500, 32, 32, 100, "characters, real batch", varying=True),
@@ -61,17 +66,23 @@ SHAPES = [
     _ctc("ctc_kd_loss", 150, 16, 5000, 20, "large subword vocabulary"),
     _ctc("ctc_kd_loss", 200, 1, 51865, 40, "Whisper's vocabulary, one utterance"),
     _ctc("ctc_kd_loss", 50, 16, 20, 15, "smallest call"),
+    _ctc("ctc_align", 500, 32, 32, 100, "characters"),
+    _ctc("ctc_align", 400, 16, 1000, 60, "subwords"),
+    _ctc("ctc_align", 3000, 1, 32, 500, "one long utterance"),
+    _ctc("ctc_align", 50, 16, 20, 15, "smallest call"),
 ]
 
 # Sizes that run in a blink: for trying the scripts, not for measuring.
 TINY = [
     _kd(32, 16, "tiny", eager=1, compile=1, copy=100),
+    _kd(32, 16, "tiny", "jsd"),
     _ctc("ctc_loss", 20, 3, 8, 4, "tiny", eager=1, copy=100),
     _ctc("ctc_loss", 20, 3, 8, 4, "tiny", varying=True),
     _ctc("ctc_kd_loss", 20, 3, 8, 4, "tiny", eager=1, separate=100),
+    _ctc("ctc_align", 20, 3, 8, 4, "tiny"),
 ]
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_align")
 
 
 def select(op: str | None = None, tiny: bool = False) -> list[Shape]:

@@ -1,0 +1,253 @@
+"""Did a change make a row slower? Two commits in alternating runs, for maintainers.
+
+    python -m kdkernels.bench.compare main HEAD                  # wall time
+    python -m kdkernels.bench.compare main HEAD --instructions   # counted by valgrind, no noise
+
+Both commits are built into folders of their own and measured by the benchmark of this checkout. The
+old commit runs in two processes: what these differ by is the noise. Run it from the repository.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from .shapes import OPS, select
+
+HERE = Path(__file__).parent
+LEAST = 0.02  # a row that moved by less than this is not reported, however quiet the machine
+SMALL = 2**18  # elements of a logit tensor; valgrind runs fifty times slower
+
+
+# ---------------------------------------------------------------- builds
+
+
+def build(commit: str, folder: Path, pip_options: list[str]) -> Path:
+    """Install `commit` into `folder`, with the benchmark of this checkout in it."""
+    source, target = folder / "source", folder / "site"
+    git = ["git", "-C", str(HERE)]
+    top = subprocess.run(
+        [*git, "rev-parse", "--show-toplevel"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    source.mkdir(parents=True)
+    archive = subprocess.run(
+        ["git", "-C", top, "archive", commit], check=True, stdout=subprocess.PIPE
+    ).stdout
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    options = ["-C", "cmake.define.KDKERNELS_CUDA=OFF", "-C", "install.strip=false"]
+    subprocess.run([*command, str(target), *options, *pip_options, str(source)], check=True)
+    bench = target / "kdkernels" / "bench"
+    shutil.rmtree(bench, ignore_errors=True)
+    shutil.copytree(HERE, bench, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def environment(site: Path, **variables: str) -> dict[str, str]:
+    paths = (str(site), sysconfig.get_path("purelib"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
+# Without `site`, or the import hook of an editable install would put its own sources in the place
+# of the folder's.
+CHILD = [sys.executable, "-S", "-m", "kdkernels.bench.compare"]
+
+
+def check_sources() -> None:
+    """A child runs in the folder whose package it must measure."""
+    if not Path(__file__).is_relative_to(Path.cwd()):
+        raise SystemExit(f"compare: expected the package in {Path.cwd()}, got {__file__}")
+
+
+# ---------------------------------------------------------------- wall time
+
+
+def serve(args) -> None:
+    """A child: for each row number on stdin, one round of `ours`; its seconds on stdout."""
+    import torch
+
+    from .contenders import contenders, make_inputs
+    from .timing import interleave
+
+    torch.set_num_threads(args.threads)
+    row, step = None, None
+    for line in sys.stdin:
+        if row != int(line):
+            row = int(line)
+            shape = select(tiny=args.tiny)[row]
+            step = contenders(shape, make_inputs(shape), only="ours")
+        ((seconds,),) = interleave(step, 1).values()
+        print(seconds, flush=True)
+
+
+class Child:
+    def __init__(self, site: Path, args):
+        command = [*CHILD, "--serve"]
+        command += ["--threads", str(args.threads), *(["--tiny"] if args.tiny else [])]
+        self.process = subprocess.Popen(
+            command, cwd=site, env=environment(site), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def measure(self, row: int) -> float:
+        self.process.stdin.write(f"{row}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"compare: the process measuring row {row} ended")
+        return float(line)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def wall_times(old: Path, new: Path, rows: list[int], args) -> dict[int, dict[str, list[float]]]:
+    """Row -> seconds of "old", "new" and "again" (the old commit once more), one a round."""
+    children = {"old": Child(old, args), "new": Child(new, args), "again": Child(old, args)}
+    try:
+        times = {}
+        for row in rows:
+            times[row] = {name: [] for name in children}
+            order = list(children)
+            for _ in range(args.rounds):
+                for name in order:
+                    times[row][name].append(children[name].measure(row))
+                order.append(order.pop(0))
+    finally:
+        for child in children.values():
+            child.end()
+    return times
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % interval of the median, by order statistics: no assumption about the noise."""
+    ranked, n = sorted(ratios), len(ratios)
+    margin = round(0.98 * n**0.5)  # 1.96 standard deviations of a binomial with p = 1/2
+    return ranked[max(0, n // 2 - margin)], ranked[min(n - 1, n // 2 + margin)]
+
+
+def verdict(times: dict[str, list[float]]) -> dict:
+    """Ratio new / old, its interval, and whether it left the band that the noise makes."""
+    against = [n / o for n, o in zip(times["new"], times["old"], strict=True)]
+    same = [a / o for a, o in zip(times["again"], times["old"], strict=True)]
+    low, high = interval(against)
+    noise = max(LEAST, *(abs(x - 1) for x in (median(same), *interval(same))))
+    moved = "slower" if low > 1 + noise else "faster" if high < 1 - noise else ""
+    return {"ratio": median(against), "low": low, "high": high, "noise": noise, "moved": moved}
+
+
+# ---------------------------------------------------------------- instructions
+
+
+def run_once(args) -> None:
+    """A child under callgrind: one call of each row."""
+    import torch
+
+    from .contenders import contenders, make_inputs
+
+    torch.set_num_threads(1)
+    for row in map(int, args.once):
+        shape = select(tiny=args.tiny)[row]
+        contenders(shape, make_inputs(shape), only="ours")["ours"]()
+
+
+def instructions(site: Path, rows: list[int], args) -> dict[int, int]:
+    """Row -> instructions of its kernel, entered to left, on one thread, built for AVX2 (valgrind
+    knows no AVX-512)."""
+    kernels = [
+        f"kdkernels::avx2::{f}(*" for f in ("kd_loss_forward", "ctc_loss_forward", "ctc_align")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--quiet"]
+        command += [f"--toggle-collect={k}" for k in kernels] + [
+            f"--dump-after={k}" for k in kernels
+        ]
+        command += [f"--callgrind-out-file={folder}/out"]
+        command += CHILD
+        command += [*(["--tiny"] if args.tiny else []), "--once", *map(str, rows)]
+        variables = {"KDKERNELS_TARGET": "avx2", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        subprocess.run(command, check=True, cwd=site, env=environment(site, **variables))
+        dumps = sorted(Path(folder).glob("out.*"), key=lambda p: int(p.suffix[1:]))
+        counts = [
+            int(re.search(r"^(?:totals|summary): (\d+)", dump.read_text(), re.M)[1])
+            for dump in dumps
+        ]
+    counts = [c for c in counts if c]
+    if len(counts) != len(rows):
+        raise SystemExit(f"compare: expected {len(rows)} counts of callgrind, got {len(counts)}")
+    return dict(zip(rows, counts, strict=True))
+
+
+# ---------------------------------------------------------------- command
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("commits", nargs="*", metavar="OLD NEW", help="two commits")
+    p.add_argument("--op", choices=OPS)
+    p.add_argument("--shape", default="", help="only rows whose sizes contain this")
+    p.add_argument("--rounds", type=int, default=25)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--instructions", action="store_true", help="count them; small rows only")
+    p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
+    p.add_argument("--json", type=Path)
+    p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
+    p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--once", nargs="+", help=argparse.SUPPRESS)
+    return p.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.serve or args.once:
+        check_sources()
+        (serve if args.serve else run_once)(args)
+        return 0
+    if len(args.commits) != 2:
+        raise SystemExit("compare: expected two commits, such as `main HEAD`")
+    table = select(tiny=args.tiny)
+    rows = [
+        i
+        for i, s in enumerate(table)
+        if args.op in (None, s.op)
+        and args.shape in s.label
+        and not (args.instructions and s.numel > SMALL)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        old, new = (
+            build(c, Path(folder) / n, args.pip)
+            for c, n in zip(args.commits, ("old", "new"), strict=True)
+        )
+        if args.instructions:
+            counts = [instructions(site, rows, args) for site in (old, new)]
+            results = {i: count_verdict(counts[0][i], counts[1][i]) for i in rows}
+        else:
+            results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
+    for i, r in results.items():
+        spread = f" [{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}" if "low" in r else ""
+        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f}{spread} {r['moved']}")
+    slower = sum(r["moved"] == "slower" for r in results.values())
+    faster = sum(r["moved"] == "faster" for r in results.values())
+    print(f"{slower} rows slower, {faster} faster, of {len(results)}")
+    if args.json:
+        named = {f"{table[i].op} {table[i].label}": r for i, r in results.items()}
+        args.json.write_text(json.dumps(named, indent=1) + "\n")
+    return 1 if slower else 0
+
+
+def count_verdict(old: int, new: int) -> dict:
+    ratio = new / old
+    moved = "slower" if ratio > 1 + LEAST else "faster" if ratio < 1 - LEAST else ""
+    return {"ratio": ratio, "old": old, "new": new, "moved": moved}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""A result as text: pure functions from what `python -m kdkernels.bench --json` writes."""
+
+# Logit tensors that a step must read or write, and what they are.
+MOVES = {
+    "kd_loss": (3, "student and teacher are read, the gradient is written"),
+    "ctc_loss": (3, "the logits are read for the softmax and again for the gradient, written"),
+    "ctc_kd_loss": (5, "student and teacher are read twice, the gradient is written"),
+    "ctc_align": (1, "the logits are read"),
+}
+# One word a contender: what it is called in a table.
+NAMES = {
+    "ours": "this package",
+    "eager": "eager torch",
+    "compile": "torch.compile",
+    "trl": "TRL's lines",
+    "liger": "Liger",
+    "optax": "optax, jit",
+    "separate": "ctc_loss + kd_loss",
+    "reference": "plain torch",
+    "torchaudio": "torchaudio",
+    "copy": "copy",
+}
+LEGEND = (
+    "Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the others. V is the size of one "
+    "logit tensor; peak memory counts the gradient, which is 1 V, and not the inputs."
+)
+NO_GPU = "Not measured: a GPU. There is no number of one in these tables."
+
+
+def time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def times_as_fast(x: float) -> str:
+    return f"{x:.0f}x" if x >= 10 else f"{x:.1f}x"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def conditions(result: dict) -> str:
+    """Machine, versions and commit of a result, in one sentence."""
+    m, v = result["machine"], result["versions"]
+    commit, _, dirty = result["commit"].partition("-")
+    commit = commit[:12] + (" with changes" if dirty else "")
+    text = (
+        f"{m.get('gpu') or m['cpu']}, {result['threads']} threads, torch {v['torch']}, kdkernels "
+        f"{v['kdkernels']} at {commit}, {result['dtype']}"
+    )
+    if "copy_bytes_per_second" in result:
+        text += f"; copies {result['copy_bytes_per_second'] / 1e9:.3g} GB/s"
+    return text + "."
+
+
+def times_table(result: dict) -> str:
+    """The short table: what each row gains against torch."""
+    names = ("eager", "compile")
+    rows = []
+    for row in result["rows"]:
+        cells = [f"`{row['op']}`", row["shape"], time(row["seconds"]["ours"]["median"])]
+        for name in names:
+            cells.append("")
+            if name in row["seconds"]:
+                ratio = times_as_fast(row["ratios"][name]["value"])
+                cells[-1] = f"{time(row['seconds'][name]['median'])} ({ratio})"
+        share = row.get("share_of_copy_bandwidth")
+        cells.append("" if share is None else f"{share:.0%}")
+        peaks = row.get("peak_memory", {})
+        cells += [f"{peaks[n]:.1f} V" if n in peaks else "" for n in ("ours", "eager")]
+        rows.append(cells)
+    head = ["op", "shape", "this package", "eager torch", "torch.compile"]
+    return table([*head, "of copy", "peak memory", "eager's peak"], rows)
+
+
+def readme_section(results: list[dict]) -> str:
+    """What stands in the README."""
+    parts = []
+    for result in results:
+        parts += [
+            f"{conditions(result)} From raw logits to gradient (forward and backward), medians.",
+            times_table(result),
+        ]
+    parts.append(
+        f"{LEGEND} `of copy`: bytes that must move, per second, as a share of what a copy "
+        "reaches in the same run (more where the caches hold the data)."
+    )
+    if not has_gpu(results):
+        parts.append(NO_GPU)
+    return "\n\n".join(parts)
+
+
+def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
+    """Everything that was measured."""
+    parts = [
+        "# Benchmarks",
+        "Made by `python -m kdkernels.bench.report` from JSON files; do not edit. Contenders take "
+        "turns, round after round, in one process; figures are medians with quartiles. " + LEGEND,
+    ]
+    for result in results:
+        parts += [f"## {result['machine'].get('gpu') or result['machine']['cpu']}"]
+        parts += [conditions(result), peers_list(result)]
+        for title, section in SECTIONS.items():
+            if text := section(result):
+                parts += [f"### {title}", text]
+    if not has_gpu(results):
+        parts.append(NO_GPU)
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def has_gpu(results: list[dict]) -> bool:
+    return any(r["machine"].get("gpu") for r in results)
+
+
+def peers_list(result: dict) -> str:
+    lines = []
+    for name, peer in result.get("peers", {}).items():
+        said = [peer["version"] or "no row"] + ([peer["why_not"]] if peer["why_not"] else [])
+        lines.append(f"- {name}: {'; '.join(said)}")
+    return "Peers:\n\n" + "\n".join(lines or ["- not recorded"])
+
+
+# ---- sections of the report: result -> Markdown, empty where it was not measured
+
+
+def every_time(result: dict) -> str:
+    rows = []
+    for row in result["rows"]:
+        for name, t in row["seconds"].items():
+            r = row["ratios"].get(name)
+            cells = [f"`{row['op']}`", row["shape"], row["note"]] if name == "ours" else [""] * 3
+            cells += [NAMES[name], time(t["median"]), f"{time(t['p25'])} to {time(t['p75'])}"]
+            cells.append("" if r is None else f"{r['value']:.3g} [{r['p25']:.3g}, {r['p75']:.3g}]")
+            rows.append(cells)
+    return (
+        "The ratio is a contender's time over ours: so many times as fast is ours. For `copy` and "
+        "`ctc_loss + kd_loss` it is our time over theirs.\n\n"
+        + table(["op", "shape", "", "contender", "median", "quartiles", "ratio"], rows)
+    )
+
+
+def traffic(result: dict) -> str:
+    rows = []
+    for row in result["rows"]:
+        share = row.get("share_of_copy_bandwidth")
+        one = row.get("one_thread", {})
+        rows.append(
+            [
+                f"`{row['op']}`",
+                row["shape"],
+                f"{row['logit_bytes'] / 1e6:.3g} MB",
+                f"{row['gigabytes_per_second']:.3g}",
+                "" if share is None else f"{share:.0%}",
+                time(one["ours"]) if one else "",
+                f"{one['eager'] / one['ours']:.3g}x" if "eager" in one else "",
+            ]
+        )
+    words = "\n".join(f"- `{op}`: {n} V: {said}." for op, (n, said) in MOVES.items())
+    head = ["op", "shape", "V", "GB/s", "of copy", "one thread", "eager on one"]
+    return f"Bytes that must move:\n\n{words}\n\n{table(head, rows)}"
+
+
+def named_table(result: dict, field: str, show) -> str:
+    """A column for each contender that has `field` in any row."""
+    rows = [r for r in result["rows"] if r.get(field)]
+    names = [n for n in NAMES if any(n in r[field] for r in rows)]
+    body = [
+        [f"`{r['op']}`", r["shape"], *(show(r[field][n]) if n in r[field] else "" for n in names)]
+        for r in rows
+    ]
+    return table(["op", "shape", *(NAMES[n] for n in names)], body) if rows else ""
+
+
+def peak_memory(result: dict) -> str:
+    return named_table(result, "peak_memory", lambda v: f"{v:.2f} V")
+
+
+def errors(result: dict) -> str:
+    def show(e):
+        text = " / ".join(f"{e[k]:.1e}" for k in ("loss_relative", "grad_absolute") if k in e)
+        return text + (" **differs**" if e.get("differs") else "")
+
+    text = named_table(result, "errors", show)
+    return text and (
+        "Of the summed loss, relative, and of the gradient of a frame, absolute (at most 1). One "
+        f"that differs from float64 is marked.\n\n{text}"
+    )
+
+
+def in_a_loop(result: dict) -> str:
+    rows = [
+        [f"`{r['op']}`", r["shape"], *(time(r["loop"][n]) for n in ("ours", "eager", "idle"))]
+        for r in result["rows"]
+        if r.get("loop")
+    ]
+    head = ["op", "shape", NAMES["ours"], NAMES["eager"], "a loss of next to nothing"]
+    return rows and (
+        "Between a linear layer and its update: a second pool of threads would show here.\n\n"
+        + table(head, rows)
+    )
+
+
+def smallest_call(result: dict) -> str:
+    rows = [
+        f"- `{r['op']}` {r['shape']}: "
+        + ", ".join(f"{NAMES[n]} {t['median'] * 1e6:.3g} us" for n, t in r["seconds"].items())
+        for r in result["rows"]
+        if r["note"] == "smallest call"
+    ]
+    return "\n".join(rows)
+
+
+def accuracy(result: dict) -> str:
+    data = result.get("accuracy")
+    if not data:
+        return ""
+    ctc = [[str(p["T"]), f"{p['ours']:.1e}", f"{p['eager']:.1e}"] for p in data["ctc_against_T"]]
+    kl = [
+        [f"{p['kl']:.1e}", *(f"{p[n]:.1e}" for n in ("ours", "eager", "trl"))]
+        for p in data["kd_against_kl"]
+    ]
+    return (
+        "Greatest error of the gradient of `ctc_loss` against float64, N = 4, C = 32, S = T / 5, "
+        "summed loss:\n\n"
+        + table(["T", NAMES["ours"], NAMES["eager"]], ctc)
+        + "\n\nRelative error of `kd_loss` against the true KL of a row in nats, C = 5000:\n\n"
+        + table(["true KL", NAMES["ours"], NAMES["eager"], NAMES["trl"]], kl)
+    )
+
+
+def scaling(result: dict) -> str:
+    rows = [
+        [
+            f"`{sweep['op']}`",
+            f"{sweep['axis']} = {p['x']}",
+            ", ".join(f"{n} = {v}" for n, v in sweep["others"].items()),
+            time(p["ours"]),
+            time(p["eager"]),
+        ]
+        for sweep in result.get("scaling", [])
+        for p in sweep["points"]
+    ]
+    return rows and table(["op", "size", "at", NAMES["ours"], NAMES["eager"]], rows)
+
+
+def training_step(result: dict) -> str:
+    rows = [
+        [
+            r["shape"],
+            f"{r['parameters'] / 1e6:.2f} M",
+            *(f"{time(r['seconds'][n])}, loss {r['share'][n]:.0%}" for n in ("ours", "eager")),
+        ]
+        for r in result.get("training_step", [])
+    ]
+    return rows and (
+        "A step of the training program's student with `ctc_kd_loss`, and the share of it that the "
+        "loss takes (the rest is the step with a loss of next to nothing).\n\n"
+        + table(["(T, N, C, S)", "parameters", NAMES["ours"], NAMES["eager"]], rows)
+    )
+
+
+SECTIONS = {
+    "Times": every_time,
+    "Traffic and threads": traffic,
+    "Cost of a call": smallest_call,
+    "Peak memory": peak_memory,
+    "Errors against float64": errors,
+    "Accuracy": accuracy,
+    "Scaling": scaling,
+    "Share of a training step": training_step,
+    "In a loop": in_a_loop,
+}
+
+
+# ---- what the benchmark prints while it runs
+
+
+def row_text(row: dict) -> str:
+    lines = [f"\n{row['op']} {row['shape']}  {row['note']}"]
+    lines.append("  " + "  ".join(f"{n} {time(t['median'])}" for n, t in row["seconds"].items()))
+    for name, r in row["ratios"].items():
+        ours_over = name in ("copy", "separate")
+        said = "x the time of" if ours_over else "x as fast as"
+        line = f"  {r['value']:.3g} {said} {name} [{r['p25']:.3g}, {r['p75']:.3g}]"
+        if floor := row["floors"].get(name):
+            sign = "<=" if ours_over else ">="
+            met = "met" if floor["met"] else "MISSED"
+            line += f"   floor {sign} {floor['floor']:g}: {met}"
+        lines.append(line)
+    lines.append(
+        f"  {row['gigabytes_per_second']:.3g} GB/s of {MOVES[row['op']][0]} logit tensors, "
+        f"{row['share_of_copy_bandwidth']:.0%} of this machine's copy"
+    )
+    if "loop" in row:
+        lines.append("  in a loop: " + "  ".join(f"{n} {time(t)}" for n, t in row["loop"].items()))
+    for name, e in row.get("errors", {}).items():
+        said = ", ".join(f"{k} {v:.1e}" for k, v in e.items() if k != "differs")
+        lines.append(f"  {name}: {said}" + ("   DIFFERS from float64" if e["differs"] else ""))
+    return "\n".join(lines)

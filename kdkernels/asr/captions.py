@@ -14,6 +14,7 @@ Where people talk faster than anyone reads, 4 gives way first (from 20 character
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 LINE = 42  # characters
@@ -23,12 +24,13 @@ LATE = 1500  # milliseconds that a caption may begin after its first word
 DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
 
 # A line, and a caption, should not end with these. English.
-WEAK = frozenset(
-    "a an the my your his her its our their this that these those and or but nor so if than as "
-    "of in on at by to for from with into about near under over behind beside before after until "
-    "across because i you he she it we they is are was were be been am has have had will would "
-    "can could shall should may might must do does did not no very please who which whose".split()
-)
+WEAK = """
+a an the my your his her its our their this that these those and or but nor so if than as of in on
+at by to for from with into about near under over behind beside before after until across because i
+you he she it we they is are was were be been am has have had will would can could shall should may
+might must do does did not no very please who which whose
+"""
+WEAK_WORDS = frozenset(WEAK.split())
 
 
 class Word(NamedTuple):
@@ -130,11 +132,8 @@ def _tokens(word: Word, doubt: float) -> list[_Token]:
     pieces[-1] += mark
     start, length = 1000 * word.start, 1000 * (word.end - word.start)
     times = [round(start + length * i / len(pieces)) for i in range(len(pieces) + 1)]
-    weak = word.text.lower() in WEAK
-    return [
-        _Token(piece, *time, weak)
-        for piece, time in zip(pieces, zip(times, times[1:], strict=False), strict=True)
-    ]
+    weak = word.text.lower() in WEAK_WORDS
+    return [_Token(piece, *time, weak) for piece, time in zip(pieces, pairwise(times), strict=True)]
 
 
 def _characters(lines: tuple[str, ...]) -> int:
@@ -185,7 +184,7 @@ def _cost(tokens: list[_Token], start: int, stop: int, lines: tuple[str, ...]) -
     """Few captions, evenly filled, cut where the speaker pauses and where grammar allows it."""
     group = tokens[start:stop]
     length = _characters(lines)
-    pauses = sum(max(0, b.start - a.end) for a, b in zip(group, group[1:], strict=False))
+    pauses = sum(max(0, b.start - a.end) for a, b in pairwise(group))
     cost = 1 + (1 - length / (2 * LINE + 1)) ** 2 + 3e-3 * pauses
     if stop < len(tokens):
         following = tokens[stop].start

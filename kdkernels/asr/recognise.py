@@ -29,8 +29,8 @@ from .data import Alphabet
 from .files import TrainError
 from .model import STACK, Encoder
 
-# Frames are normalised over those around them that hold speech. Pauses do not count: in training there
-# were none, and noise that is brought to the variance of speech reads as speech.
+# Frames are normalised over those around them that hold speech. Pauses do not count: in training
+# there were none, and noise that is brought to the variance of speech reads as speech.
 BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance normalise it
 PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
@@ -140,13 +140,13 @@ def energies(samples: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> [frames, MELS + 1]: the last one is 1 near the peak power, else 0."""
+    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 near the peak power, else 0."""
     for window, first, count in overlapping(frames, BEFORE, PEAK):
         stop = first + count
         power = window.logsumexp(1)
-        power = nn.functional.pad(power, (BEFORE, PEAK), value=-math.inf)
-        peak = nn.functional.max_pool1d(power[None, first:stop + BEFORE + PEAK], BEFORE + 1 + PEAK, 1)[0]
-        power = power[BEFORE:]
+        padded = nn.functional.pad(power, (BEFORE, PEAK), value=-math.inf)
+        around = padded[None, first : stop + BEFORE + PEAK]
+        peak = nn.functional.max_pool1d(around, BEFORE + 1 + PEAK, 1)[0]
         near = power[first:stop] > peak - QUIET
         yield torch.cat([window[first:stop], near[:, None].float()], 1)
 
@@ -242,9 +242,7 @@ def words(rows: Iterable[Tensor], recogniser: Recogniser) -> Iterator[Word]:
 
 
 @torch.inference_mode()
-def recognise(
-    recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int
-) -> Iterator[Word]:
+def recognise(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Word]:
     """float32 [samples] or [samples, channels] in [-1, 1], in blocks, at `rate` -> words.
 
     A word comes out as soon as the blocks that were read decide it, see `look_ahead`.

@@ -34,6 +34,10 @@ from .model import STACK, Encoder
 BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance normalise it
 PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
+# A network is sure of a letter only some way into it, and of a word's last one only when the next
+# sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
+# voices. Their difference is one frame, so that words do not overlap: a space takes a frame.
+START_LATE, END_LATE = 0.06, 0.03
 PAUSE = 0.45  # seconds without a label that end a word
 LONGEST_WORD = 10.0  # seconds: what a word may be before it is cut, to bound memory
 STANDARD = "student_distilled.safetensors"  # of a run's folder
@@ -166,12 +170,12 @@ def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
         yield ((rows[first : first + count] - mean) / spread).float()
 
 
-def logits(frames: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
+def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
     """float32 [frames, MELS] -> float32 [frames // STACK, C]."""
     reach = context(encoder) * STACK
-    for window, first, count in overlapping(frames, reach, reach, STACK):
-        rows, _ = encoder(window[None], torch.tensor([len(window)]))
-        yield rows[0, first // STACK : (first + count) // STACK]
+    for window, first, count in overlapping(rows, reach, reach, STACK):
+        scores, _ = encoder(window[None], torch.tensor([len(window)]))
+        yield scores[0, first // STACK : (first + count) // STACK]
 
 
 def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0) -> list[Word]:
@@ -184,15 +188,29 @@ def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0)
     path, score = kd.ctc_align(scores, encoded, len(scores), len(encoded))
     if not score.isfinite():
         return []
-    best = scores.log_softmax(-1).gather(1, path[:, None])[:, 0]
     words: list[Word] = []
-    for word in _runs(path.tolist(), recogniser.alphabet):
-        first, stop = word[0][1], word[-1][2]
-        characters = "".join(character for character, _, _ in word)
-        confidence = min(best[a:b].max().item() for _, a, b in word)
-        begin = start + first * recogniser.frame
-        words.append(Word(characters, begin, start + stop * recogniser.frame, math.exp(confidence)))
+    for letters in _runs(path.tolist(), recogniser.alphabet):
+        word = "".join(character for character, _, _ in letters)
+        first, stop = letters[0][1], letters[-1][2]
+        words.append(
+            Word(
+                word,
+                start + max(0.0, first * recogniser.frame - START_LATE),
+                start + max(0.0, stop * recogniser.frame - END_LATE),
+                _confidence(scores[first:stop], recogniser.alphabet.encode(word)),
+            )
+        )
     return words
+
+
+def _confidence(scores: Tensor, word: Tensor) -> float:
+    """The probability of `word` in its frames over all its alignments, to the power 1 / letters.
+
+    Right words from wrong ones it tells better than the probabilities of the path's frames do.
+    (Occupancies, as of ctc_posteriors, say where a given text is, not whether.)
+    """
+    loss = kd.ctc_loss(scores, word, len(scores), len(word), reduction="sum")
+    return math.exp(-loss.item() / len(word))
 
 
 def _runs(path: list[int], alphabet: Alphabet) -> Iterator[list[tuple[str, int, int]]]:
@@ -241,11 +259,15 @@ def words(rows: Iterable[Tensor], recogniser: Recogniser) -> Iterator[Word]:
         yield from word(last + 1)
 
 
+def frames(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Tensor]:
+    """float32 [samples] or [samples, channels] in [-1, 1], in blocks, at `rate` -> logits."""
+    return logits(normalised(energies(resampled(blocks, rate))), recogniser.encoder)
+
+
 @torch.inference_mode()
 def recognise(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Word]:
-    """float32 [samples] or [samples, channels] in [-1, 1], in blocks, at `rate` -> words.
+    """As `frames` -> words.
 
     A word comes out as soon as the blocks that were read decide it, see `look_ahead`.
     """
-    frames = normalised(energies(resampled(blocks, rate)))
-    yield from words(logits(frames, recogniser.encoder), recogniser)
+    yield from words(frames(recogniser, blocks, rate), recogniser)

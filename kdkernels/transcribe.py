@@ -72,9 +72,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--doubt",
         type=float,
-        default=0.5,
+        default=captions.DOUBT,
         metavar="P",
-        help=f"words of a confidence below P are marked {captions.DOUBTFUL}; 0 marks none [0.5]",
+        help=f"words of a confidence below P are marked {captions.DOUBTFUL}; 0 marks none "
+        f"[{captions.DOUBT}]",
     )
     add(
         "--stream",

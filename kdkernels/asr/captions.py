@@ -14,13 +14,14 @@ Where people talk faster than anyone reads, 4 gives way first (from 20 character
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 LINE = 42  # characters
 SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
 READING = 50  # milliseconds a character: 20 characters a second
 LATE = 1500  # milliseconds that a caption may begin after its first word
+DOUBT = 0.8  # confidence below which a word is marked; four in five of those were wrong
 DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
 
 # A line, and a caption, should not end with these. English.
@@ -55,7 +56,7 @@ class _Token(NamedTuple):
     weak: bool
 
 
-def captions(words: Sequence[Word], doubt: float = 0.5) -> list[Caption]:
+def captions(words: Sequence[Word], doubt: float = DOUBT) -> list[Caption]:
     """Captions of `words`; those of a confidence below `doubt` are marked.
 
     Raises:
@@ -66,7 +67,7 @@ def captions(words: Sequence[Word], doubt: float = 0.5) -> list[Caption]:
     tokens = [token for word in words for token in _tokens(word, doubt)]
     groups = _groups(tokens)
     shown: list[Caption] = []
-    for group, following in zip(groups, [*groups[1:], None], strict=True):
+    for group, following in zip_longest(groups, groups[1:]):
         lines = _lines(group)[1]
         start = max(group[0].start, shown[-1].end if shown else 0)
         end = max(group[-1].end, start + max(SHORTEST, READING * _characters(lines)))

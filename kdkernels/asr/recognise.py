@@ -195,8 +195,8 @@ def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0)
         words.append(
             Word(
                 word,
-                start + max(0.0, first * recogniser.frame - START_LATE),
-                start + max(0.0, stop * recogniser.frame - END_LATE),
+                max(0.0, start + first * recogniser.frame - START_LATE),
+                max(0.0, start + stop * recogniser.frame - END_LATE),
                 _confidence(scores[first:stop], recogniser.alphabet.encode(word)),
             )
         )

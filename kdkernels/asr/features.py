@@ -33,13 +33,21 @@ def _window() -> Tensor:
     return torch.hann_window(WINDOW)
 
 
-def log_mel(samples: Tensor) -> Tensor:
-    """int16 [samples] at 16 kHz -> float16 [frames, MELS], mean 0 and variance 1 in each band."""
+def log_energies(samples: Tensor) -> Tensor:
+    """int16 [samples] at 16 kHz -> float32 [1 + samples // HOP, MELS], as loud as they are.
+
+    Row t belongs to sample t * HOP and reads WINDOW // 2 samples on either side.
+    """
     audio = samples.float() / 32768
     audio = torch.nn.functional.pad(audio, (0, max(0, FFT - len(audio))))
     spectrum = torch.stft(audio, FFT, HOP, WINDOW, _window(), return_complex=True)
     energy = spectrum.abs().square().T @ mel_filters()
-    features = (energy + 1e-7).log()
+    return (energy + 1e-7).log()
+
+
+def log_mel(samples: Tensor) -> Tensor:
+    """int16 [samples] at 16 kHz -> float16 [frames, MELS], mean 0 and variance 1 in each band."""
+    features = log_energies(samples)
     features = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-3)
     return features.half()
 

@@ -1,0 +1,195 @@
+"""Words with times -> captions, as WebVTT and SRT. Plain Python.
+
+What holds, the first before the others:
+
+1. Every word is shown, once and in order. One longer than a line is cut, with a hyphen.
+2. A caption has one or two lines of at most 42 characters, stays 1 to 7 seconds, and overlaps none.
+3. A caption begins at most 1.5 seconds after its first word.
+4. It stays long enough to be read at 20 characters a second: past its last word where it must,
+   and then the next one begins late, by as much as 3 allows.
+
+Where people talk faster than anyone reads, 4 gives way first (from 20 characters a second on) and
+3 next (from 84, which nobody says): late captions would come to belong to other pictures.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
+
+LINE = 42  # characters
+SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
+READING = 50  # milliseconds a character: 20 characters a second
+LATE = 1500  # milliseconds that a caption may begin after its first word
+DOUBT = 0.8  # confidence below which a word is marked; four in five of those were wrong
+DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
+
+# A line, and a caption, should not end with these. English.
+WEAK = """
+a an the my your his her its our their this that these those and or but nor so if than as of in on
+at by to for from with into about near under over behind beside before after until across because i
+you he she it we they is are was were be been am has have had will would can could shall should may
+might must do does did not no very please who which whose
+"""
+WEAK_WORDS = frozenset(WEAK.split())
+
+
+class Word(NamedTuple):
+    text: str  # no white space
+    start: float  # seconds
+    end: float
+    confidence: float  # 0 to 1
+
+
+class Caption(NamedTuple):
+    start: int  # milliseconds
+    end: int
+    lines: tuple[str, ...]
+
+
+class _Token(NamedTuple):
+    """What a line is made of: a word, or a piece of one that is longer than a line."""
+
+    text: str
+    start: int  # milliseconds
+    end: int
+    weak: bool
+
+
+def captions(words: Sequence[Word], doubt: float = DOUBT) -> list[Caption]:
+    """Captions of `words`; those of a confidence below `doubt` are marked.
+
+    Raises:
+        ValueError: for a word that is empty or has white space, times that are negative, not
+            finite or backwards, words that are not in order of their starts.
+    """
+    _check(words)
+    tokens = [token for word in words for token in _tokens(word, doubt)]
+    groups = _groups(tokens)
+    shown: list[Caption] = []
+    for group, following in zip_longest(groups, groups[1:]):
+        lines = _lines(group)[1]
+        start = max(group[0].start, shown[-1].end if shown else 0)
+        end = max(group[-1].end, start + max(SHORTEST, READING * _characters(lines)))
+        if following:
+            end = min(end, max(start + SHORTEST, following[0].start + LATE))
+        shown.append(Caption(start, min(end, start + LONGEST), lines))
+    return shown
+
+
+def too_fast(caption: Caption) -> bool:
+    """Whether there is less time than reading it takes: rule 4 gave way."""
+    return READING * _characters(caption.lines) > caption.end - caption.start
+
+
+def marked(word: Word, doubt: float) -> str:
+    return word.text + DOUBTFUL * (word.confidence < doubt)
+
+
+def webvtt(shown: Iterable[Caption]) -> str:
+    """https://www.w3.org/TR/webvtt1/"""
+    escapes = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+    cues = [
+        f"{_clock(c.start, '.')} --> {_clock(c.end, '.')}\n" + "\n".join(c.lines).translate(escapes)
+        for c in shown
+    ]
+    return "\n\n".join(["WEBVTT", *cues]) + "\n"
+
+
+def srt(shown: Iterable[Caption]) -> str:
+    """SubRip: numbered from 1, a comma before the milliseconds; it knows no escapes."""
+    return "\n".join(
+        f"{number}\n{_clock(c.start, ',')} --> {_clock(c.end, ',')}\n" + "\n".join(c.lines) + "\n"
+        for number, c in enumerate(shown, 1)
+    )
+
+
+def _clock(milliseconds: int, point: str) -> str:
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}{point}{milliseconds:03}"
+
+
+def _check(words: Sequence[Word]) -> None:
+    before = 0.0
+    for i, word in enumerate(words):
+        if word.text.split() != [word.text]:
+            raise ValueError(f"captions: expected a word without white space, got {word.text!r}")
+        if not before <= word.start <= word.end < math.inf:
+            raise ValueError(
+                f"captions: expected {before} <= start <= end < inf for word {i}, got {word}"
+            )
+        before = word.start
+
+
+def _tokens(word: Word, doubt: float) -> list[_Token]:
+    mark = DOUBTFUL * (word.confidence < doubt)
+    width = LINE - len(mark)
+    pieces = [word.text]
+    if len(word.text) > width:
+        width -= 1
+        pieces = [word.text[i : i + width] + "-" for i in range(0, len(word.text), width)]
+        pieces[-1] = pieces[-1][:-1]
+    pieces[-1] += mark
+    start, length = 1000 * word.start, 1000 * (word.end - word.start)
+    times = [round(start + length * i / len(pieces)) for i in range(len(pieces) + 1)]
+    weak = word.text.lower() in WEAK_WORDS
+    return [_Token(piece, *time, weak) for piece, time in zip(pieces, pairwise(times), strict=True)]
+
+
+def _characters(lines: tuple[str, ...]) -> int:
+    """Letters and spaces of a caption; the end of a line is a space."""
+    return sum(map(len, lines)) + len(lines) - 1
+
+
+def _lines(tokens: Sequence[_Token]) -> tuple[float, tuple[str, ...]] | None:
+    """(cost, lines): one line where there is room, else two of a like length; None: no room."""
+    texts = [token.text for token in tokens]
+    whole = " ".join(texts)
+    if len(whole) <= LINE:
+        return 0.0, (whole,)
+    best, cut = None, 0
+    for i in range(1, len(texts)):
+        cut += len(texts[i - 1]) + 1
+        first, second = cut - 1, len(whole) - cut
+        if max(first, second) <= LINE:
+            cost = abs(first - second) / LINE + 0.4 * tokens[i - 1].weak
+            if best is None or cost < best[0]:
+                best = cost, (whole[:first], whole[cut:])
+    return best
+
+
+def _groups(tokens: list[_Token]) -> list[list[_Token]]:
+    """Cut into captions: the cheapest way of all, by dynamic programming over the ends."""
+    costs, cuts = [0.0], [0]
+    for stop in range(1, len(tokens) + 1):
+        best = None
+        for start in range(stop - 1, -1, -1):
+            lines = _lines(tokens[start:stop])
+            lasts = tokens[stop - 1].end - tokens[start].start
+            if lines is None or (lasts > LONGEST and start < stop - 1):
+                break
+            cost = costs[start] + lines[0] + _cost(tokens, start, stop, lines[1])
+            if best is None or cost < best[0]:
+                best = cost, start
+        costs.append(best[0])
+        cuts.append(best[1])
+    groups, stop = [], len(tokens)
+    while stop:
+        groups.append(tokens[cuts[stop] : stop])
+        stop = cuts[stop]
+    return groups[::-1]
+
+
+def _cost(tokens: list[_Token], start: int, stop: int, lines: tuple[str, ...]) -> float:
+    """Few captions, evenly filled, cut where the speaker pauses and where grammar allows it."""
+    group = tokens[start:stop]
+    length = _characters(lines)
+    pauses = sum(max(0, b.start - a.end) for a, b in pairwise(group))
+    cost = 1 + (1 - length / (2 * LINE + 1)) ** 2 + 3e-3 * pauses
+    if stop < len(tokens):
+        following = tokens[stop].start
+        cost += 0.8 * (group[-1].weak and following - group[-1].end < 300)
+        needed = max(SHORTEST, READING * length)
+        cost += 1e-3 * max(0, needed - (following - group[0].start))
+    return cost

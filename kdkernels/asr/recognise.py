@@ -1,0 +1,273 @@
+"""Audio of any length -> words, with times and confidences, as they become final.
+
+    blocks of samples -> 16 kHz -> log-mel energies -> normalised -> logits -> words
+
+Each arrow is a generator over a stream. It works on windows that overlap by exactly what it reads
+on either side, and hands on what lies between: what comes out is what one pass over the whole
+recording would give, there is no seam to mend, and memory does not grow with the recording. A file
+in blocks of 20 seconds and a microphone in blocks of a tenth therefore give the same words.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+
+import kdkernels as kd
+
+from . import audio, decode, features
+from .captions import Word
+from .data import Alphabet
+from .files import TrainError
+from .model import STACK, Encoder
+
+# Frames are normalised over those around them that hold speech. Pauses do not count: in training
+# there were none, and noise that is brought to the variance of speech reads as speech.
+BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance normalise it
+PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
+QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
+# A network is sure of a letter only some way into it, and of a word's last one only when the next
+# sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
+# voices. Their difference is one frame, so that words do not overlap: a space takes a frame.
+START_LATE, END_LATE = 0.06, 0.03
+PAUSE = 0.45  # seconds without a label that end a word
+LONGEST_WORD = 10.0  # seconds: what a word may be before it is cut, to bound memory
+STANDARD = "student_distilled.safetensors"  # of a run's folder
+
+
+class Recogniser(NamedTuple):
+    encoder: Encoder
+    alphabet: Alphabet
+
+    @property
+    def frame(self) -> float:
+        """Seconds of one frame of logits."""
+        return 1 / self.encoder.frames_per_second
+
+
+def load(path: Path) -> Recogniser:
+    """A model that `python -m kdkernels.train` wrote; of its folder, the distilled student.
+
+    Raises:
+        TrainError: there is none, or it cannot be read.
+    """
+    file = path / STANDARD if path.is_dir() else path
+    if not file.is_file():
+        raise TrainError(
+            f"there is no model {file}; give a folder or a .safetensors that "
+            "`python -m kdkernels.train` wrote"
+        )
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            facts = json.loads((opened.metadata() or {})["kdkernels"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        encoder = Encoder(*facts["shape"])
+        encoder.load_state_dict(tensors)
+        return Recogniser(encoder.eval(), Alphabet(facts["alphabet"]))
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise TrainError(f"{file} cannot be read as a model ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise TrainError(
+            f"{file} is no model of `python -m kdkernels.train` (no {error} in its header)"
+        ) from error
+
+
+def context(encoder: nn.Module) -> int:
+    """Frames of logits that one frame reads on either side: the sum over its convolutions."""
+    return sum(
+        (conv.kernel_size[-1] - 1) * conv.dilation[-1] // 2
+        for conv in encoder.modules()
+        if isinstance(conv, nn.Conv1d | nn.Conv2d)
+    )
+
+
+def look_ahead(recogniser: Recogniser) -> float:
+    """Seconds of audio after the end of a frame of logits that must be heard before it is known.
+
+    The convolutions' right context, the frames that normalise, half a window of the spectrum.
+    """
+    window = features.FFT / audio.SAMPLE_RATE
+    frames = context(recogniser.encoder) * STACK + STACK - 1 + AFTER + NEAR + PEAK
+    return frames / features.FRAMES_PER_SECOND + window / 2
+
+
+def overlapping(
+    pieces: Iterable[Tensor], left: int, right: int, unit: int = 1
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Windows over a stream of rows, cut anywhere: yields (window, first, count).
+
+    Rows [first, first + count) of the windows, one after another, are the stream. Around them stand
+    `left` rows before and `right` after, but for the stream's own ends. `first` and, except at the
+    end, `count` are multiples of `unit`, as `left` must be.
+    """
+    held, first = None, 0
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece])
+        count = (len(held) - first - right) // unit * unit
+        if count > 0:
+            yield held, first, count
+            dropped = max(0, first + count - left)
+            held, first = held[dropped:], first + count - dropped
+    if held is not None and len(held) > first:
+        yield held, first, len(held) - first
+
+
+def resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[Tensor]:
+    """float32 [samples] or [samples, channels] in [-1, 1] at `rate` -> int16 [samples], 16 kHz."""
+    # A ratio of small numbers: it is off by less than 4 ms an hour, and its filters stay small.
+    ratio = Fraction(rate, audio.SAMPLE_RATE).limit_denominator(1000)
+    step, phases = ratio.numerator, ratio.denominator
+    reach = step * math.ceil((7 * max(1, ratio) + 1) / step + 1)  # of the filter, and more
+    mono = (torch.from_numpy(b if b.ndim == 1 else b.mean(1)) for b in blocks)
+    for window, first, count in overlapping(mono, reach, reach, step):
+        samples = audio.resample(window.numpy(), step, phases)
+        start, size = first // step * phases, math.ceil(count / step * phases)
+        yield torch.from_numpy(audio.to_int16(samples[start : start + size]))
+
+
+def energies(samples: Iterable[Tensor]) -> Iterator[Tensor]:
+    """int16 [samples] -> float32 [frames, MELS]."""
+    hop = features.HOP
+    left = hop * math.ceil(features.FFT / hop)  # a window is never shorter than a spectrum
+    for window, first, count in overlapping(samples, left, features.FFT // 2, hop):
+        rows = features.log_energies(window)[first // hop :]
+        at_end = first + count == len(window)  # where one row more than count // hop begins
+        yield rows if at_end else rows[: count // hop]
+
+
+def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 near the peak power, else 0."""
+    for window, first, count in overlapping(frames, BEFORE, PEAK):
+        stop = first + count
+        power = window.logsumexp(1)
+        padded = nn.functional.pad(power, (BEFORE, PEAK), value=-math.inf)
+        around = padded[None, first : stop + BEFORE + PEAK]
+        peak = nn.functional.max_pool1d(around, BEFORE + 1 + PEAK, 1)[0]
+        near = power[first:stop] > peak - QUIET
+        yield torch.cat([window[first:stop], near[:, None].float()], 1)
+
+
+def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """float32 [frames, MELS] -> the same, of mean 0 and variance 1 in the speech around a frame."""
+    for window, first, count in overlapping(loud(frames), BEFORE + NEAR, AFTER + NEAR):
+        rows, near = window[:, :-1].double(), window[None, :, -1]
+        speech = nn.functional.max_pool1d(near, 2 * NEAR + 1, 1, NEAR)[0].double()[:, None]
+        sums = torch.cat([speech, speech * rows, speech * rows.square()], 1).cumsum(0)
+        sums = nn.functional.pad(sums, (0, 0, 1, 0))
+        at = torch.arange(first, first + count)
+        low, high = (at - BEFORE).clamp(min=0), (at + AFTER + 1).clamp(max=len(window))
+        total, mean, square = (sums[high] - sums[low]).split([1, *[rows.shape[1]] * 2], 1)
+        mean, square = mean / total.clamp(min=1), square / total.clamp(min=1)
+        spread = (square - mean.square()).clamp(min=0).sqrt() + 1e-3
+        yield ((rows[first : first + count] - mean) / spread).float()
+
+
+def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
+    """float32 [frames, MELS] -> float32 [frames // STACK, C]."""
+    reach = context(encoder) * STACK
+    for window, first, count in overlapping(rows, reach, reach, STACK):
+        scores, _ = encoder(window[None], torch.tensor([len(window)]))
+        yield scores[0, first // STACK : (first + count) // STACK]
+
+
+def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0) -> list[Word]:
+    """When the words of `text` are said in the logits `scores` [T, C], which begin at `start` s.
+
+    `text` may be what was recognised or a transcript that is known. Empty where it cannot be
+    aligned: more labels than frames.
+    """
+    encoded = recogniser.alphabet.encode(text)
+    path, score = kd.ctc_align(scores, encoded, len(scores), len(encoded))
+    if not score.isfinite():
+        return []
+    words: list[Word] = []
+    for letters in _runs(path.tolist(), recogniser.alphabet):
+        word = "".join(character for character, _, _ in letters)
+        first, stop = letters[0][1], letters[-1][2]
+        words.append(
+            Word(
+                word,
+                max(0.0, start + first * recogniser.frame - START_LATE),
+                max(0.0, start + stop * recogniser.frame - END_LATE),
+                _confidence(scores[first:stop], recogniser.alphabet.encode(word)),
+            )
+        )
+    return words
+
+
+def _confidence(scores: Tensor, word: Tensor) -> float:
+    """The probability of `word` in its frames over all its alignments, to the power 1 / letters.
+
+    Right words from wrong ones it tells better than the probabilities of the path's frames do.
+    (Occupancies, as of ctc_posteriors, say where a given text is, not whether.)
+    """
+    loss = kd.ctc_loss(scores, word, len(scores), len(word), reduction="sum")
+    return math.exp(-loss.item() / len(word))
+
+
+def _runs(path: list[int], alphabet: Alphabet) -> Iterator[list[tuple[str, int, int]]]:
+    """The words of a CTC path: (character, first frame, frame after it) for each letter."""
+    word: list[tuple[str, int, int]] = []
+    at = 0
+    for label, group in itertools.groupby(path):
+        stop = at + len(list(group))
+        character = alphabet.decode([label]) if label else ""
+        if character.strip():
+            word.append((character, at, stop))
+        elif character and word:
+            yield word
+            word = []
+        at = stop
+    if word:
+        yield word
+
+
+def words(rows: Iterable[Tensor], recogniser: Recogniser) -> Iterator[Word]:
+    """float32 [T, C] -> words, each as soon as a space or a pause ends it."""
+    alphabet, frame = recogniser.alphabet, recogniser.frame
+    pause, longest = round(PAUSE / frame), round(LONGEST_WORD / frame)
+    held = torch.empty(0, len(alphabet))
+    base = at = 0  # frames of the stream: where `held` begins, the one looked at
+    first = last = None  # frames of the stream: labels of the word that is being said
+
+    def word(stop: int) -> list[Word]:
+        scores = held[first - base : stop - base]
+        text = decode.greedy(scores[None], torch.tensor([len(scores)]), alphabet)[0]
+        return align(scores, text, recogniser, first * frame)
+
+    for piece in rows:
+        held = torch.cat([held, piece])
+        for label in piece.argmax(-1).tolist():
+            space = label > 0 and not alphabet.decode([label]).strip()
+            if label > 0 and not space:
+                first, last = at if first is None else first, at
+            if first is not None and (space or at - last >= pause or at - first >= longest):
+                yield from word(last + 1)
+                first = None
+            at += 1
+        keep = at if first is None else first
+        held, base = held[keep - base :], keep
+    if first is not None:
+        yield from word(last + 1)
+
+
+def frames(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Tensor]:
+    """float32 [samples] or [samples, channels] in [-1, 1], in blocks, at `rate` -> logits."""
+    return logits(normalised(energies(resampled(blocks, rate))), recogniser.encoder)
+
+
+@torch.inference_mode()
+def recognise(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Word]:
+    """As `frames` -> words.
+
+    A word comes out as soon as the blocks that were read decide it, see `look_ahead`.
+    """
+    yield from words(frames(recogniser, blocks, rate), recogniser)

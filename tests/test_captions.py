@@ -1,0 +1,175 @@
+"""Captions: what always holds, over random words; files as parsers that are not ours read them."""
+
+import datetime
+import io
+import itertools
+import math
+
+import hypothesis.strategies as st
+import pytest
+import srt
+import webvtt
+from hypothesis import example, given
+
+from kdkernels.asr import captions
+from kdkernels.asr.captions import Caption, Word
+
+LETTERS = "abcde\u00e9'&<>-"
+FAST = [Word("yes", i / 100, i / 100, 0.9) for i in range(100)]
+
+
+@st.composite
+def spoken(draw, longest=100):
+    """Words of any speed, with pauses and doubts."""
+    words, at = [], draw(st.sampled_from([0.0, 1.234, 3600.0]))
+    letters = st.text(LETTERS, min_size=1, max_size=draw(st.sampled_from([4, 12, longest])))
+    length = st.floats(0, draw(st.sampled_from([0.05, 0.5, 9.0])))
+    for text in draw(st.lists(letters, max_size=40)):
+        start = at + draw(st.sampled_from([0.0, 0.0, 0.03, 0.3, 2.0]))
+        at = start + draw(length)
+        words.append(Word(text, start, at, draw(st.floats(0, 1))))
+    return words
+
+
+def pieces(shown):
+    return [piece for caption in shown for line in caption.lines for piece in line.split(" ")]
+
+
+@given(spoken())
+@example([])
+@example([Word("a", 0.0, 0.0, 0.9)])
+@example([Word("x" * 43, 0.0, 20.0, 0.1)])
+@example(FAST)
+def test_two_lines_of_42_for_1_to_7_seconds_none_over_another(words):
+    shown = captions.captions(words)
+    for caption in shown:
+        assert 1 <= len(caption.lines) <= 2
+        assert all(0 < len(line) <= 42 for line in caption.lines)
+        assert 1000 <= caption.end - caption.start <= 7000
+    assert all(a.end <= b.start for a, b in itertools.pairwise(shown))
+
+
+@given(spoken())
+@example(FAST)
+def test_every_word_is_shown_once_in_order_and_marked_when_doubtful(words):
+    parts = iter(pieces(captions.captions(words, 0.5)))
+    for word in words:
+        expected = word.text + "(?)" * (word.confidence < 0.5)
+        if len(expected) <= 42:
+            assert next(parts) == expected
+            continue
+        whole = next(parts)
+        while len(whole) < len(expected):  # cut, with a hyphen
+            assert whole[-1] == "-"
+            whole = whole[:-1] + next(parts)
+        assert whole == expected
+    assert next(parts, None) is None
+
+
+@given(spoken(longest=30))
+@example(FAST)
+def test_reading_speed_gives_way_before_captions_are_late(words):
+    shown = captions.captions(words)
+    counts = itertools.accumulate(len(pieces([caption])) for caption in shown)
+    firsts = [words[i] for i in [0, *counts][: len(shown)]] if shown else []
+    for (caption, first), following in itertools.zip_longest(
+        zip(shown, firsts, strict=True), list(zip(shown, firsts, strict=True))[1:]
+    ):
+        assert caption.start >= round(1000 * first.start)
+        characters = len(" ".join(caption.lines))
+        shortest = caption.end - caption.start == 1000
+        if characters * 50 > caption.end - caption.start:
+            after, word = following  # the last caption is never too fast
+            assert captions.too_fast(caption)
+            assert after.start == caption.end
+            assert shortest or after.start == round(1000 * word.start) + 1500
+        elif following and not shortest:
+            assert following[0].start <= round(1000 * following[1].start) + 1500
+
+
+def test_calm_speech_is_on_time_and_can_be_read():
+    text = "the captain brought the warm camera behind the church and the engine was broken " * 20
+    words, at = [], 0.0
+    for i, word in enumerate(text.split()):
+        start = at + (1.5 if i % 14 == 13 else 0.0)
+        at = start + (len(word) + 1) / 15
+        words.append(Word(word, start, at, 1.0))
+    starts = {round(1000 * word.start) for word in words}
+    shown = captions.captions(words)
+    assert not any(map(captions.too_fast, shown))
+    assert all(caption.start in starts for caption in shown)
+
+
+def test_lines_are_balanced_and_end_at_sensible_places():
+    text = "my brother will bring the doctor a beautiful picture of the old bridge near the river"
+    words = [Word(word, i / 3, (i + 1) / 3, 1.0) for i, word in enumerate(text.split())]
+    (shown,) = captions.captions(words[:13])
+    assert shown.lines == (
+        "my brother will bring the doctor",
+        "a beautiful picture of the old bridge",
+    )
+    assert captions.captions(words[:6])[0].lines == ("my brother will bring the doctor",)
+
+
+def test_a_caption_ends_where_the_speaker_pauses():
+    said = ["anna", "was", "happy", "peter", "was", "tired"]
+    words = [
+        Word(w, i / 3 + 2 * (i > 2), (i + 1) / 3 + 2 * (i > 2), 1.0) for i, w in enumerate(said)
+    ]
+    assert [c.lines for c in captions.captions(words)] == [
+        ("anna was happy",),
+        ("peter was tired",),
+    ]
+
+
+@given(spoken())
+@example([Word("<i>", 3.0, 4.0, 1.0), Word("-->", 4.0, 5.0, 1.0), Word("&amp;", 5.0, 6.0, 1.0)])
+def test_webvtt_and_srt_as_others_read_them(words):
+    shown = captions.captions(words)
+    cues = webvtt.from_string(captions.webvtt(shown)) if shown else []
+    assert len(cues) == len(shown)
+    for cue, caption in zip(cues, shown, strict=True):
+        times = (cue.start_in_seconds, cue.end_in_seconds)
+        assert times == (caption.start // 1000, caption.end // 1000)
+        assert cue.start.endswith(f".{caption.start % 1000:03}")
+        escaped = [line.replace("&", "&amp;") for line in caption.lines]
+        escaped = [line.replace("<", "&lt;").replace(">", "&gt;") for line in escaped]
+        assert cue.raw_text.split("\n") == escaped
+    milliseconds = datetime.timedelta(milliseconds=1)
+    read = list(srt.parse(captions.srt(shown)))
+    assert [
+        Caption(s.start // milliseconds, s.end // milliseconds, tuple(s.content.split("\n")))
+        for s in read
+    ] == shown
+    assert [s.index for s in read] == list(range(1, len(shown) + 1))
+
+
+def test_no_words_make_valid_files():
+    assert captions.webvtt([]) == "WEBVTT\n"
+    assert captions.srt([]) == ""
+    assert len(webvtt.from_buffer(io.StringIO("WEBVTT\n"))) == 0
+
+
+def test_hours_have_two_digits_or_more():
+    shown = [Caption(360_000_001, 360_001_001, ("a",))]
+    assert "100:00:00.001 --> 100:00:01.001" in captions.webvtt(shown)
+    assert "100:00:00,001 --> 100:00:01,001" in captions.srt(shown)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (Word("", 0.0, 1.0, 1.0), "captions: expected a word without white space, got ''"),
+        (Word("a b", 0.0, 1.0, 1.0), "without white space, got 'a b'"),
+        (Word("a\n", 0.0, 1.0, 1.0), "without white space"),
+        (Word("a", -1.0, 1.0, 1.0), "captions: expected 0.0 <= start <= end < inf for word 0"),
+        (Word("a", 2.0, 1.0, 1.0), "start <= end"),
+        (Word("a", 0.0, math.inf, 1.0), "< inf"),
+        (Word("a", math.nan, 1.0, 1.0), "start <= end"),
+    ],
+)
+def test_words_that_make_no_sense(word, message):
+    with pytest.raises(ValueError, match=message):
+        captions.captions([word])
+    with pytest.raises(ValueError, match=r"expected 2.0 <= start .* for word 1"):
+        captions.captions([Word("a", 2.0, 3.0, 1.0), Word("b", 1.0, 4.0, 1.0)])

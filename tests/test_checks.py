@@ -213,5 +213,7 @@ def test_another_device(on):
 
 def test_environment_variable_is_named(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"expected KDKERNELS_BACKEND in \['cpp', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"expected KDKERNELS_BACKEND in \[.*'cpp', .*'reference'.*\]"
+    ):
         kdkernels.kd_loss(P.logits, P.logits)

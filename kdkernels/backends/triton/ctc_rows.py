@@ -61,7 +61,7 @@ def relative_probability(d, FLOAT: tl.constexpr):
     if FLOAT == tl.float64:
         m = tl.exp(d - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10)
     else:
-        coarse = tl.floor(n * (1.0 / 4096)) * 4096.0  # so that each product is exact
+        coarse = tl.floor(n * (1.0 / 4096) + 0.5) * 4096.0  # so that each product is exact
         r = ((d - coarse * 0.693359375) - (n - coarse) * 0.693359375) + n * 2.12194440e-4
         y = r * (1.0 / 5040) + 1.0 / 720
         y = y * r + 1.0 / 120

@@ -6,7 +6,7 @@ from helpers import LAYOUTS, REGIMES, ctc_oracle, kd_oracle, problem, randn, str
 from tolerances import DTYPES, assert_ctc_grad, assert_kd_grad, assert_loss
 
 OPS = ("ctc_kd_loss",)
-pytestmark = pytest.mark.large
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 

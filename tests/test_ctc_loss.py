@@ -20,7 +20,7 @@ from helpers import (
 from tolerances import DTYPES, assert_ctc_grad, assert_loss
 
 OPS = ("ctc_loss",)
-pytestmark = pytest.mark.large
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # (T, N, C, S) of the regimes: long problems teach nothing about a backend that is slow.

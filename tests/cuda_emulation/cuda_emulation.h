@@ -33,7 +33,7 @@ void warp_barrier();
 void exchange(const void* value, void* result, int bytes, int from);
 [[noreturn]] void fail(const std::string& message);
 
-extern uint64_t block_number;  // counts every block ever run
+extern uint64_t launches, block_number;  // count every launch, and every block ever run
 int epoch_of_block();
 int epoch_of_warp();
 

@@ -10,6 +10,7 @@ import kdkernels
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 CTC = ("ctc_loss", "ctc_posteriors", "ctc_align", "ctc_kd_loss")
+pytestmark = pytest.mark.large  # the checks come before a backend is chosen
 P = problem(T=12, N=3, C=7, S=4, seed=1)
 
 

@@ -24,8 +24,8 @@ OPS = ("ctc_loss",)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # (T, N, C, S) of the regimes: long problems teach nothing about a backend that is slow.
-SHORT, EVERY_SIZE = [(120, 2, 24, 20)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
-LONG_SHORT, LONG = (300, 1, 16, 130), (2600, 1, 32, 1200)
+SHORT, EVERY_SIZE = [(60, 2, 24, 12)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
+LONG_SHORT, LONG = (110, 1, 16, 40), (2600, 1, 32, 1200)
 
 
 def check(on, p, dtype=torch.float32, reduction="sum", roundings=1, **options):
@@ -89,7 +89,7 @@ def test_every_path(on, T, target, blank):
         (50, 29, [1, 2, 3, 4, 3]),
         (50, 29, [7, 7, 7, 2, 2]),
         (9, 4, [1, 1, 1, 1, 1]),
-        (400, 100, list(range(1, 100))),
+        pytest.param(400, 100, list(range(1, 100)), marks=pytest.mark.large),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -225,6 +225,7 @@ def test_batch_first(on):
     assert torch.equal(x.grad, y.grad.transpose(0, 1))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_gradcheck(on, reduction):
     p = problem(T=7, N=3, C=4, S=2, seed=14)
@@ -235,6 +236,7 @@ def test_gradcheck(on, reduction):
     assert torch.autograd.gradcheck(loss, on.leaf(p.logits))
 
 
+@pytest.mark.large
 @hypothesis.given(data=st.data())
 def test_any_problem(on, data):
     T, N = data.draw(st.integers(0, 14), label="T"), data.draw(st.integers(0, 5), label="N")

@@ -28,6 +28,11 @@ SHORT, EVERY_SIZE = [(60, 2, 24, 12)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
 LONG_SHORT, LONG = (110, 1, 16, 40), (2600, 1, 32, 1200)
 
 
+def large(*values):
+    """Parameters that an interpreted backend does without."""
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+
+
 def check(on, p, dtype=torch.float32, reduction="sum", roundings=1, **options):
     p = p._replace(logits=p.logits.to(dtype))
     expected, grad = ctc_oracle(p, reduction)
@@ -52,7 +57,7 @@ def test_regimes(on, regime):
         check(on, problem(T, N, C, S, regime, seed))
 
 
-@pytest.mark.parametrize("regime", ["normal", "blank_collapsed", "trained", "tight"])
+@pytest.mark.parametrize("regime", ["normal", "blank_collapsed", *large("trained", "tight")])
 def test_long(on, regime):
     T, N, C, S = LONG_SHORT if on.slow else LONG
     check(on, problem(T, N, C, S, regime, seed=2, full=True))

@@ -38,7 +38,7 @@ emulation_swap:
 
 namespace emulation {
 
-uint64_t launches = 0, block_number = 0;
+uint64_t launches = 0, block_number = 0, exponentials = 0;
 
 namespace {
 

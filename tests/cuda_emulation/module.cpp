@@ -32,5 +32,6 @@ void misuse(const std::string& what) {
 PYBIND11_MODULE(kdkernels_emulated, module) {
   bind_cuda(module.def_submodule("cuda"));
   module.def("launches", [] { return emulation::launches; });
+  module.def("exponentials", [] { return emulation::exponentials; });
   module.def("misuse", misuse);
 }

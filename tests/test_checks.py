@@ -10,6 +10,7 @@ import kdkernels
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 CTC = ("ctc_loss", "ctc_posteriors", "ctc_align", "ctc_kd_loss")
+pytestmark = pytest.mark.large  # the checks come before a backend is chosen
 P = problem(T=12, N=3, C=7, S=4, seed=1)
 
 
@@ -213,5 +214,7 @@ def test_another_device(on):
 
 def test_environment_variable_is_named(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"expected KDKERNELS_BACKEND in \['cpp', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"expected KDKERNELS_BACKEND in \[.*'cpp', .*'reference'.*\]"
+    ):
         kdkernels.kd_loss(P.logits, P.logits)

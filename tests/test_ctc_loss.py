@@ -20,12 +20,17 @@ from helpers import (
 from tolerances import DTYPES, assert_ctc_grad, assert_loss
 
 OPS = ("ctc_loss",)
-pytestmark = pytest.mark.large
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # (T, N, C, S) of the regimes: long problems teach nothing about a backend that is slow.
-SHORT, EVERY_SIZE = [(120, 2, 24, 20)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
-LONG_SHORT, LONG = (300, 1, 16, 130), (2600, 1, 32, 1200)
+SHORT, EVERY_SIZE = [(60, 2, 24, 12)], [(120, 2, 24, 20), (1000, 3, 32, 150)]
+LONG_SHORT, LONG = (110, 1, 16, 40), (2600, 1, 32, 1200)
+
+
+def large(*values):
+    """Parameters that an interpreted backend does without."""
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
 
 
 def check(on, p, dtype=torch.float32, reduction="sum", roundings=1, **options):
@@ -52,7 +57,7 @@ def test_regimes(on, regime):
         check(on, problem(T, N, C, S, regime, seed))
 
 
-@pytest.mark.parametrize("regime", ["normal", "blank_collapsed", "trained", "tight"])
+@pytest.mark.parametrize("regime", ["normal", "blank_collapsed", *large("trained", "tight")])
 def test_long(on, regime):
     T, N, C, S = LONG_SHORT if on.slow else LONG
     check(on, problem(T, N, C, S, regime, seed=2, full=True))
@@ -89,7 +94,7 @@ def test_every_path(on, T, target, blank):
         (50, 29, [1, 2, 3, 4, 3]),
         (50, 29, [7, 7, 7, 2, 2]),
         (9, 4, [1, 1, 1, 1, 1]),
-        (400, 100, list(range(1, 100))),
+        pytest.param(400, 100, list(range(1, 100)), marks=pytest.mark.large),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -225,6 +230,7 @@ def test_batch_first(on):
     assert torch.equal(x.grad, y.grad.transpose(0, 1))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_gradcheck(on, reduction):
     p = problem(T=7, N=3, C=4, S=2, seed=14)
@@ -235,6 +241,7 @@ def test_gradcheck(on, reduction):
     assert torch.autograd.gradcheck(loss, on.leaf(p.logits))
 
 
+@pytest.mark.large
 @hypothesis.given(data=st.data())
 def test_any_problem(on, data):
     T, N = data.draw(st.integers(0, 14), label="T"), data.draw(st.integers(0, 5), label="N")

@@ -16,6 +16,7 @@ SIZES = [  # T, S of the padded targets, S of the utterances, C
     (476, 479, 475, 8),
     (620, 127, 119, 5),
 ]
+SIZES = [*(pytest.param(size, marks=pytest.mark.large) for size in SIZES), (60, 47, 39, 5)]
 
 
 def truth(x, targets, input_lengths, target_lengths):
@@ -86,6 +87,7 @@ def test_teacher_of_weight_zero_changes_nothing(on):
     torch.testing.assert_close(grad, x.grad, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.large
 def test_float16_gradient_of_a_single_frame_is_finite(on):
     """Few frames that count in a large batch: their share of the mean is large."""
     T, N, C = 512, 16, 6

@@ -116,6 +116,18 @@ def main():
     for result in keys.values():
         print(json.dumps(result))
 
+    # Other batches, of which nothing may be compiled again.
+    before = set(keys)
+    for rows in (1, 77, 4096):
+        case(f"{rows} rows", backend.kd_loss_forward, logits(rows, 5000), logits(rows, 5000), *kl)
+    for T, N in ((61, 1), (77, 1), (100, 5), (128, 64)):
+        x, *rest = ctc(T, N, 32, 20)
+        case(f"{T} frames, {N}", backend.ctc_loss_forward, x, *rest, 0, "mean", False, True)
+        x, *rest = ctc(T, N, 5000, 60)
+        case(f"{T} frames, {N}", backend.ctc_kd_loss_forward, x, x, *rest, *tail)
+    new = [keys[key] for key in keys if key not in before]
+    print(json.dumps({"again": {"before": len(before), "compiled": new}}))
+
 
 if __name__ == "__main__":
     main()

@@ -70,7 +70,6 @@ void launch_kl_gradient(const CTCProblem<float>& p, void* stream) {
   const KLScales scale(p.teacher_scale, p.student_scale);
   const auto kernel = shape.classes == 8   ? kl_gradient_kernel<T, 8, false, kTeacher>
                       : shape.classes == 0 ? kl_gradient_kernel<T, 0, true, kTeacher>
-                      : shape.lanes        ? kl_gradient_kernel<T, 16, false, kTeacher>
                                            : kl_gradient_kernel<T, 16, true, kTeacher>;
   launch(kernel, blocks_of(p, shape), shape.threads, stream, p, scale, shape.lanes);
 }

@@ -37,11 +37,13 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* st
 
 class OnDevice {  // makes a device current, and gives the old one back
  public:
-  explicit OnDevice(int64_t device) {
+  explicit OnDevice(int64_t device) : device_(int(device)) {
     cudaGetDevice(&before_);
-    if (before_ != int(device)) cudaSetDevice(int(device));
+    cudaSetDevice(device_);
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   // What went wrong since, or null.
   const char* error() const {
     const cudaError_t error = cudaGetLastError();
@@ -49,7 +51,7 @@ class OnDevice {  // makes a device current, and gives the old one back
   }
 
  private:
-  int before_ = 0;
+  int device_, before_ = 0;
 };
 #else
 template <class... Parameters, class... Args>
@@ -329,7 +331,7 @@ KDKERNELS_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  return emulation::exp2_counted(x);
 #endif
 }
 

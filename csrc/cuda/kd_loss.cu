@@ -166,7 +166,6 @@ void launch_kl_of(const Problem& p, RowShape shape, int64_t blocks, void* stream
   const KLScales scale(p.teacher_scale, p.student_scale);
   const auto kernel = shape.classes == 8   ? kl_kernel<T, 8, false, kTeacher>
                       : shape.classes == 0 ? kl_kernel<T, 0, true, kTeacher>
-                      : shape.lanes        ? kl_kernel<T, 16, false, kTeacher>
                                            : kl_kernel<T, 16, true, kTeacher>;
   launch(kernel, blocks, shape.threads, stream, p, scale, shape.lanes);
 }

@@ -45,7 +45,7 @@ inline const char* too_many_rows() { return "expected fewer than 2^31 rows of lo
 
 constexpr int kBlockThreads = 256;  // of blocks that hold many rows
 
-// How a row of C is spread: `lanes` of a warp with 8 or 16 classes each, a whole block with 16, or,
+// How a row of C is spread: `lanes` of a warp with 8 classes each, a whole block with 16, or,
 // `classes` being 0, a block that reads it again and again.
 struct RowShape {
   int classes, lanes, threads;
@@ -57,7 +57,6 @@ struct RowShape {
       while (lanes * 8 < C) lanes *= 2;
       return {8, lanes, kBlockThreads};
     }
-    if (C <= 512) return {16, 32, kBlockThreads};
     if (C <= 512 * 16) return {16, 0, int((C + 511) / 512) * 32};
     return {0, 0, 512};
   }

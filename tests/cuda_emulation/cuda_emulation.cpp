@@ -38,7 +38,7 @@ emulation_swap:
 
 namespace emulation {
 
-uint64_t block_number = 0;
+uint64_t launches = 0, block_number = 0, exponentials = 0;
 
 namespace {
 
@@ -165,6 +165,7 @@ void launch(unsigned grid, unsigned block, const std::function<void()>& kernel) 
     fibers.back().stack = static_cast<char*>(stack);
   }
   body = &kernel;
+  launches++;
   error.clear();
   gridDim = {grid};
   blockDim = {block};

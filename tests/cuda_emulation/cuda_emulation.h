@@ -33,7 +33,8 @@ void warp_barrier();
 void exchange(const void* value, void* result, int bytes, int from);
 [[noreturn]] void fail(const std::string& message);
 
-extern uint64_t block_number;  // counts every block ever run
+// Count every launch, every block ever run, every exponential.
+extern uint64_t launches, block_number, exponentials;
 int epoch_of_block();
 int epoch_of_warp();
 
@@ -76,6 +77,11 @@ class SharedArray {
   T values_[n];
   Written written_[n];
 };
+
+inline float exp2_counted(float x) {
+  exponentials++;
+  return exp2f(x);
+}
 
 }  // namespace emulation
 

@@ -26,9 +26,10 @@ def ctc_align_kernel(
     lane = tl.arange(0, LANES)[None, :]
     offset, frames, S, good, _, short = lengths_of(
         n, T, N, SIZE, input_lengths_ptr, input_lengths_stride, target_lengths_ptr,
-        target_lengths_stride, targets_n, labelled_ptr, labelled_stride, GROUP, PADDED, False, SP,
+        target_lengths_stride, targets_n, targets_s, labelled_ptr, labelled_stride, GROUP, PADDED,
+        False, SP,
     )  # fmt: skip
-    labels_ptr = targets_ptr + offset * targets_s
+    labels_ptr = targets_ptr + offset
     wrong = tl.zeros([GROUP, 1], tl.int32)
     for r in tl.static_range(VECTORS):
         k = lane * VECTORS + r

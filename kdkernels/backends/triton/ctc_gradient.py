@@ -164,7 +164,7 @@ def ctc_gradient_kernel(
         if (ctc_factor == ctc_factor) & (ctc_factor != 0) & (block * ROWS < frames):
             tl.debug_barrier()  # what follows writes some of these entries again
             offset, S, bounded = target_of(
-                n, target_lengths_ptr, target_lengths_stride, targets_n, SIZE, PADDED
+                n, target_lengths_ptr, target_lengths_stride, targets_n, targets_s, SIZE, PADDED
             )
             S = tl.minimum(S, SP - 1).to(tl.int32)
             most = 0
@@ -175,7 +175,7 @@ def ctc_gradient_kernel(
             for k0 in range(0, S + 1, BLOCK_S):
                 k = k0 + tl.arange(0, BLOCK_S)[None, :]
                 is_label = k < S
-                label = tl.load(targets_ptr + (offset + k) * targets_s, mask=is_label, other=0).to(
+                label = tl.load(targets_ptr + offset + k * targets_s, mask=is_label, other=0).to(
                     tl.int64
                 )
                 occupancy = tl.load(

@@ -33,11 +33,11 @@ AHEAD = tl.constexpr(4)  # frames whose symbols are loaded before they are neede
 @triton.jit
 def lengths_of(
     n, T, N, SIZE, input_lengths_ptr, input_lengths_stride, target_lengths_ptr,
-    target_lengths_stride, targets_n, labelled_ptr, labelled_stride,
+    target_lengths_stride, targets_n, targets_s, labelled_ptr, labelled_stride,
     GROUP: tl.constexpr, PADDED: tl.constexpr, LABELLED: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """Of utterances n [GROUP, 1]: offset of the labels, frames, labels, whether all is in range,
-    whether there is a transcript."""
+    """Of utterances n [GROUP, 1]: offset of the labels in memory, frames, labels, whether all is
+    in range, whether there is a transcript."""
     here = n < N
     given_frames = tl.load(input_lengths_ptr + n * input_lengths_stride, mask=here, other=0).to(
         tl.int64
@@ -60,6 +60,7 @@ def lengths_of(
         good = good & (offset + labels <= SIZE)
         offset = tl.minimum(offset, SIZE)
         labels = tl.minimum(labels, SIZE - offset)
+        offset *= targets_s
     transcript = here
     if LABELLED:
         transcript = here & (tl.load(labelled_ptr + n * labelled_stride, mask=here, other=0) != 0)
@@ -233,10 +234,10 @@ def ctc_first_kernel(
     lane = tl.arange(0, LANES)[None, :]
     offset, frames, S, good, transcript, short = lengths_of(
         n, T, N, SIZE, input_lengths_ptr, input_lengths_stride, target_lengths_ptr,
-        target_lengths_stride, targets_n, labelled_ptr, labelled_stride,
+        target_lengths_stride, targets_n, targets_s, labelled_ptr, labelled_stride,
         GROUP, PADDED, LABELLED, SP,
     )  # fmt: skip
-    labels_ptr = targets_ptr + offset * targets_s
+    labels_ptr = targets_ptr + offset
     good = tl.where(good, 1, 0)
     for r in tl.static_range(VECTORS):
         k = lane * VECTORS + r
@@ -367,10 +368,10 @@ def ctc_second_kernel(
     backward = chains & (chain % 2 == 1)
     offset, frames, S, _, transcript, _ = lengths_of(
         n, T, N, SIZE, input_lengths_ptr, input_lengths_stride, target_lengths_ptr,
-        target_lengths_stride, targets_n, labelled_ptr, labelled_stride,
+        target_lengths_stride, targets_n, targets_s, labelled_ptr, labelled_stride,
         GROUP, PADDED, LABELLED, SP,
     )  # fmt: skip
-    labels_ptr = targets_ptr + offset * targets_s
+    labels_ptr = targets_ptr + offset
     half = frames // 2
     runs = (n < N) & transcript & (frames > 0)
     size = (T + 1) // 2

@@ -23,8 +23,10 @@ from .divergence import load_tile
 
 
 @triton.jit
-def target_of(n, target_lengths_ptr, target_lengths_stride, targets_n, SIZE, PADDED: tl.constexpr):
-    """(offset of utterance n's labels, their number, whether they are within the targets)."""
+def target_of(n, target_lengths_ptr, target_lengths_stride, targets_n, targets_s, SIZE,
+              PADDED: tl.constexpr):  # fmt: skip
+    """(offset of utterance n's labels in memory, their number, whether they are within the
+    targets)."""
     given = tl.load(target_lengths_ptr + n * target_lengths_stride).to(tl.int64)
     length = tl.minimum(tl.maximum(given, 0), SIZE)
     offset = n.to(tl.int64) * targets_n
@@ -43,6 +45,7 @@ def target_of(n, target_lengths_ptr, target_lengths_stride, targets_n, SIZE, PAD
         inside = inside & (offset + length <= SIZE)
         offset = tl.minimum(offset, SIZE)
         length = tl.minimum(length, SIZE - offset)
+        offset *= targets_s
     return offset, length, inside
 
 
@@ -61,7 +64,7 @@ def relative_probability(d, FLOAT: tl.constexpr):
     if FLOAT == tl.float64:
         m = tl.exp(d - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10)
     else:
-        coarse = tl.floor(n * (1.0 / 4096)) * 4096.0  # so that each product is exact
+        coarse = tl.floor(n * (1.0 / 4096) + 0.5) * 4096.0  # so that each product is exact
         r = ((d - coarse * 0.693359375) - (n - coarse) * 0.693359375) + n * 2.12194440e-4
         y = r * (1.0 / 5040) + 1.0 / 720
         y = y * r + 1.0 / 120
@@ -125,13 +128,15 @@ def ctc_rows_kernel(
         tl.store(done_ptr, 0)
     frames = tl.load(input_lengths_ptr + n * input_lengths_stride).to(tl.int64)
     frames = tl.minimum(tl.maximum(frames, 0), T)
-    offset, S, _ = target_of(n, target_lengths_ptr, target_lengths_stride, targets_n, SIZE, PADDED)
+    offset, S, _ = target_of(
+        n, target_lengths_ptr, target_lengths_stride, targets_n, targets_s, SIZE, PADDED
+    )
     S = tl.minimum(S, SP - 1).to(tl.int32)
     if LABELLED:
         if tl.load(labelled_ptr + n * labelled_stride) == 0:
             S = S * 0
             frames = frames * 0
-    labels_ptr = targets_ptr + offset * targets_s
+    labels_ptr = targets_ptr + offset
     if LINKS:
         if block == 0:
             links(n, labels_ptr, targets_s, S, next_ptr, head_ptr, most_ptr, SP, BLOCK_S)

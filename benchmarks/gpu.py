@@ -1,0 +1,335 @@
+"""Everything that only a GPU can show, in one command:
+
+    python benchmarks/gpu.py [--only build test sanitize measure] [--json FILE]
+
+Builds the extension where it is missing, runs the tests of the device, runs compute-sanitizer over
+some of them where it is installed, and measures the rows below: CUDA events, caches emptied before
+every step, medians. Writes one JSON file and a table beside it; steps that were not asked for keep
+what the file says of them, so that a machine lent for minutes can do them one by one.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("build", "test", "sanitize", "measure")
+BACKENDS = ("cuda", "triton")
+
+
+class Row(NamedTuple):
+    op: str
+    T: int  # 1 for kd_loss, which sees rows only
+    N: int
+    C: int
+    S: int
+    dtype: str
+    floors: dict  # what -> at least (`ns_a_frame`: at most)
+    passes: int = 0  # logit tensors that must be read or written
+    host: bool = False  # wall time of a call, without waiting, instead of the device's
+
+    @property
+    def label(self):
+        sizes = (self.N, self.C) if self.op == "kd_loss" else (self.T, self.N, self.C, self.S)
+        return f"({', '.join(map(str, sizes))}) {self.dtype}"
+
+
+def _kd(N, C, dtype, passes, **floors):
+    return Row("kd_loss", 1, N, C, 0, dtype, floors, passes)
+
+
+LOGITS = 1 << 26
+ON_CHIP = 8192  # classes of a row that is read once
+LARGE = {"of_copy": 0.85, "compile": 3, "liger": 2}
+ROWS = [
+    _kd(LOGITS // C, C, dtype, 3 if C <= ON_CHIP else 5, **LARGE)
+    for C in (1024, 5000, 32000, 128256)
+    for dtype in ("float32", "bfloat16")
+]
+ROWS += [_kd(100_000, C, dtype, 3, of_copy=0.7)
+         for C in (32, 128) for dtype in ("float32", "bfloat16")]  # fmt: skip
+ROWS += [
+    Row("ctc_loss", 1000, 32, 128, 100, "float32", {"eager": 20, "ns_a_frame": 60}),
+    Row("ctc_loss", 500, 32, 32, 100, "float32", {"eager": 20, "ns_a_frame": 60}),
+    Row("ctc_loss", 2000, 128, 32, 400, "float32", {"eager": 10}),
+    Row("ctc_loss", 400, 32, 5000, 60, "float32", {"eager": 4}),
+    Row("ctc_loss", 400, 32, 5000, 60, "bfloat16", {"eager": 8}),
+    Row("ctc_kd_loss", 1000, 32, 128, 100, "float32", {"separate": 1.5}),
+    Row("ctc_kd_loss", 400, 32, 5000, 60, "float32", {"separate": 1.5}),
+    Row("ctc_loss", 50, 16, 20, 15, "float32", {"eager": 1}, host=True),
+]
+
+
+# ------------------------------------------------------------------------------ build and tests
+
+
+def run(command, **environment):
+    """(exit status, last lines) of a command, whose output is shown as well."""
+    print("$", *command, flush=True)
+    process = subprocess.Popen(
+        [str(x) for x in command], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    return process.wait(), lines[-25:]
+
+
+def outcome(status, lines):
+    return {"status": status, "said": lines}
+
+
+def build(_):
+    """Installs the package, editable, unless it is there with the kernels of the GPU."""
+    there = "from kdkernels import _C; _C.cuda"
+    if not subprocess.run([sys.executable, "-c", f"import torch; {there}"], cwd=ROOT).returncode:
+        return outcome(0, ["already built"])
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    return outcome(*run(pip))
+
+
+def pytest(*arguments):
+    workers = []
+    if importlib.util.find_spec("xdist"):
+        workers = ["-n", str(min(8, os.cpu_count()))]
+    return [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
+
+
+def test(_):
+    """Every test that runs on the device, on every backend of it, and what needs a device."""
+    return outcome(*run(pytest("-k", "cuda-cuda or cuda-triton or cuda-reference or test_gpu")))
+
+
+def sanitize(_):
+    """Out-of-bounds accesses and races in the compiled kernels: the edges, every operator."""
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        return {"status": None, "said": ["compute-sanitizer is not installed"]}
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_edges.py", "-k", "cuda-cuda"]
+    results = {}
+    for check in ("memcheck", "racecheck"):
+        status, lines = run(
+            [tool, "--tool", check, "--error-exitcode", 9, "--target-processes", "all", *tests],
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
+        results[check] = outcome(status, lines)
+    return {"status": max(x["status"] for x in results.values()), **results}
+
+
+# --------------------------------------------------------------------------------- measurements
+
+
+class Timer:
+    """Median seconds of a step on the device, its caches emptied before."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds
+        self.flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, step):
+        for _ in range(3):  # compiles
+            step()
+        events = []
+        for _ in range(self.rounds):
+            self.flush.zero_()  # takes longer than the host needs to launch the step
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return median(a.elapsed_time(b) for a, b in events) / 1e3
+
+    def host(self, step, calls=200):
+        """Wall seconds a call, one after the other."""
+        times = []
+        for _ in range(self.rounds):
+            step()
+            torch.cuda.synchronize()
+            start = perf_counter()
+            for _ in range(calls):
+                step()
+            torch.cuda.synchronize()
+            times.append((perf_counter() - start) / calls)
+        return median(times)
+
+
+def copy_bandwidth(timer):
+    """Bytes read and written per second."""
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timer(lambda: target.copy_(source))
+
+
+def kernel_seconds(step, word):
+    """Device seconds of the kernels whose name contains `word`, in one step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    return sum(e.device_time_total for e in profiled.key_averages() if word in e.key) / 1e6
+
+
+def liger_step(inputs, temperature):
+    """log_softmax and Liger's KL, or None where liger-kernel is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    loss = LigerKLDIVLoss(reduction="batchmean")
+
+    def step():
+        inputs.student.grad = None
+        log_p = torch.log_softmax(inputs.student / temperature, -1)
+        loss(log_p, torch.softmax(inputs.teacher / temperature, -1)).backward()
+
+    return step
+
+
+def measure_row(row, timer, bandwidth):
+    from kdkernels.bench import contenders as c
+    from kdkernels.bench.shapes import Shape
+
+    dtype = getattr(torch, row.dtype)
+    shape = Shape(row.op, row.T, row.N, row.C, row.S)
+    inputs = c.make_inputs(shape, dtype, "cuda")
+    time = timer.host if row.host else timer
+    steps = {"eager": c.step_of(c.EAGER[row.op], inputs)}
+    if row.op == "kd_loss":
+        steps["compile"] = c.step_of(torch.compile(c.EAGER[row.op], dynamic=False), inputs)
+        if liger := liger_step(inputs, c.TEMPERATURE):
+            steps["liger"] = liger
+    seconds = {name: time(step) for name, step in steps.items()}
+    result = {"op": row.op, "shape": row.label, "seconds": seconds, "floors": row.floors}
+    for backend in BACKENDS:
+
+        def loss(of, backend=backend):
+            return c.step_of(lambda i, x: of(i, x, backend=backend), inputs)
+
+        step = loss(c.OURS[row.op])
+        seconds[backend] = time(step)
+        figures = {name: seconds[name] / seconds[backend] for name in steps}
+        if row.op == "ctc_kd_loss":
+            figures["separate"] = time(loss(c.separate_ctc_kd)) / seconds[backend]
+        if row.passes:
+            moved = row.passes * inputs.student.nbytes
+            figures["of_copy"] = moved / seconds[backend] / bandwidth
+        if "ns_a_frame" in row.floors:
+            words = ("recursion_kernel",) if backend == "cuda" else ("ctc_first", "ctc_second")
+            total = sum(kernel_seconds(step, word) for word in words)
+            figures["ns_a_frame"] = total / row.T * 1e9
+        result[backend] = figures
+    return result
+
+
+def measure(args):
+    timer = Timer(args.rounds)
+    bandwidth = copy_bandwidth(timer)
+    print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows = []
+    for row in ROWS:
+        if args.row and args.row not in f"{row.op} {row.label}":
+            continue
+        rows.append(measure_row(row, timer, bandwidth))
+        print(json.dumps(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    return {"status": 0, "copy_bytes_per_second": bandwidth, "rows": rows}
+
+
+# --------------------------------------------------------------------------------------- report
+
+
+def text_of(command):
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe():
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "driver": text_of(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        ),
+        "nvcc": text_of(["nvcc", "--version"]).splitlines()[-1],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": text_of(["git", "describe", "--always", "--dirty", "--abbrev=40"]),
+    }
+
+
+def table(result):
+    """Markdown: every row, every floor, what each backend reached."""
+    measured = {r["op"] + r["shape"]: r for r in result.get("measure", {}).get("rows", [])}
+    lines = [f"| op | shape | what | floor | {' | '.join(BACKENDS)} |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        found = measured.get(row.op + row.label)
+        for what, floor in row.floors.items():
+            cells = []
+            for backend in BACKENDS:
+                value = (found or {}).get(backend, {}).get(what)
+                if value is None:
+                    cells.append("not measured")
+                else:
+                    met = value <= floor if what == "ns_a_frame" else value >= floor
+                    cells.append(f"{value:.3g}{'' if met else ' (missed)'}")
+            lines.append(f"| `{row.op}` | {row.label} | {what} | {floor} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
+    p.add_argument("--row", help="measure only rows whose operator and shape contain this")
+    p.add_argument("--rounds", type=int, default=25)
+    p.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    args = p.parse_args()
+    if not torch.cuda.is_available():
+        print(table({}))
+        print(
+            "\ngpu.py: expected a GPU, got none: torch.cuda.is_available() is False",
+            file=sys.stderr,
+        )
+        return 2
+    result = json.loads(args.json.read_text()) if args.json.exists() else {}
+    failed = False
+    for name in STEPS:
+        if name not in args.only:
+            continue
+        start = perf_counter()
+        result[name] = globals()[name](args)
+        result[name]["seconds"] = perf_counter() - start
+        result["machine"] = describe()
+        failed = failed or bool(result[name]["status"])
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(table(result) + "\n")
+    print(table(result))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -224,12 +224,11 @@ def train(
             )
         if processes.rank() == 0:
             files.save_tensors(path, encoder.state_dict(), key, **facts)
-    if curve:
-        say(
-            f"{name}: {encoder.parameter_count():,} parameters, {steps} steps in "
-            f"{curve[-1].seconds:.0f} s, {'masked error' if name == 'ssl' else 'dev WER'} "
-            f"{curve[-1].wer:.1f} %{' (on disk)' if found else ''}"
-        )
+    say(
+        f"{name}: {encoder.parameter_count():,} parameters, {steps} steps in "
+        f"{curve[-1].seconds:.0f} s, {'masked error' if name == 'ssl' else 'dev WER'} "
+        f"{curve[-1].wer:.1f} %{' (on disk)' if found else ''}"
+    )
     return Trained(encoder, curve, files.tensors_digest(encoder.state_dict()))
 
 
@@ -440,8 +439,6 @@ def run(settings: Settings) -> dict:
         )
     for name in (name for name in ARMS if name in settings.arms):
         models[f"student_{name}"] = train_student(experiment, name, opened, models)
-    if processes.rank() > 0:
-        return {}
 
     scores = {name: evaluate(experiment, x, corpora.test) for name, x in models.items()}
     if "teacher" not in models or len(opened) > 1:
@@ -464,7 +461,8 @@ def run(settings: Settings) -> dict:
         {"precision": str(on.dtype), "device": str(on.device), "threads": torch.get_num_threads()},
         {"speech and features": prepared, "total": time.perf_counter() - start},
     )
-    report.write(results, out)
+    if processes.rank() == 0:
+        report.write(results, out)
     return results
 
 
@@ -474,10 +472,9 @@ def run_seeds(settings: Settings) -> dict:
         return run(settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = [run(settings_module.with_seed(settings, seed)) for seed in seeds]
-    if processes.rank() > 0:
-        return {}
     together = report.over_seeds(results)
-    report.write(together, Path(settings.out))
+    if processes.rank() == 0:
+        report.write(together, Path(settings.out))
     return together
 
 
@@ -486,14 +483,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with processes.group():
             results = run_seeds(settings)
+            say(report.markdown(results))
     except files.TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: run the same command again and it goes on from here", file=sys.stderr)
         return 130
-    if results:
-        print(report.markdown(results))
     return 0
 
 

@@ -155,12 +155,9 @@ def test_two_processes_do_what_one_does(out, tmp_path):
         models = [load_file(folder / f"{name}.safetensors") for folder in (one, two, three)]
         for other in models[1:]:
             for key, expected in models[0].items():
-                # Adam divides a gradient by its size: where it is all rounding, so is the step
-                difference = (other[key] - expected).abs()
-                assert difference.median() < 1e-6, (name, key)
-                assert difference.max() < 1e-3, (name, key)
+                torch.testing.assert_close(other[key], expected, rtol=1e-5, atol=2e-6)
     curves = [json.loads((x / "report.json").read_text())["curves"] for x in (one, two, three)]
     for name, curve in curves[0].items():
         for other in curves[1:]:
             for a, b in zip(curve, other[name], strict=True):
-                assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) or name
+                assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)

@@ -41,3 +41,21 @@ def first_then_others():
     yield
     if rank() == 0 and world() > 1:
         dist.barrier()
+
+
+def from_first(function):
+    """What rank 0 gets from `function()`, in every process; picklable."""
+    made = [function() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(made, src=0)
+    return made[0]
+
+
+def mean(value: float) -> float:
+    """Over the processes."""
+    if world() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / world()

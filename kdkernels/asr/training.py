@@ -158,7 +158,7 @@ def fit(
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(step)
-        pieces = sampler(step)
+        pieces, loss_here = sampler(step), 0.0
         for number, batch in enumerate(pieces, 1):
             batch = augment(batch, step).to(on.device)
             wait = several and number < len(pieces)
@@ -167,19 +167,22 @@ def fit(
                     logits, lengths = wrapped(batch.features, batch.lengths)
                 loss = loss_of(logits, lengths, batch, step / steps)
                 loss.backward()
-            total += loss.item()
+            loss_here += loss.item()
+        total += processes.mean(loss_here)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
         done = step + 1
         evaluated = done % settings.eval_every == 0 or done == steps
-        if leads and evaluated:
+        if evaluated:
             before = curve[-1].step if curve else 0
-            curve.append(Point(done, seconds, score(model), total / (done - before)))
+            wer = processes.from_first(lambda: score(model))
+            curve.append(Point(done, seconds, wer, total / (done - before)))
             total = 0.0
+            bar.set_postfix_str(f"dev WER {wer:.1f}")
+        if leads and evaluated:
             metrics.write(curve)
-            bar.set_postfix_str(f"dev WER {curve[-1].wer:.1f}")
         if leads and (done % settings.checkpoint_every == 0 or done == steps):
             facts = {"step": done, "seconds": seconds, "sum": total, "curve": curve}
             checkpoints.save(model, optimizer, facts)

@@ -450,7 +450,7 @@ def run(settings: Settings) -> dict:
     results = report.make(
         settings,
         corpora,
-        {name: x.curve for name, x in models.items()},
+        {name: x.curve for name, x in [*models.items(), *([("ssl", ssl)] if ssl else [])]},
         {
             "teacher": sum(teacher.parameters for teacher, _ in opened),
             **{n: x.encoder.parameter_count() for n, x in models.items() if n != "teacher"},

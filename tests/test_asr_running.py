@@ -161,3 +161,10 @@ def test_two_processes_do_what_one_does(out, tmp_path):
         for other in curves[1:]:
             for a, b in zip(curve, other[name], strict=True):
                 assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_tensorboard_that_is_missing_is_said(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, said = again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard=true")
+    assert code == 2
+    assert "pip install tensorboard" in said

@@ -227,7 +227,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "missing", ["espeakng_loader", "jiwer", "safetensors", "soundfile", "tqdm"]
+    "missing",
+    ["espeakng_loader", "jiwer", "jsonargparse", "matplotlib", "safetensors", "soundfile", "tqdm"],
 )
 def test_a_missing_package_is_named(tmp_path, missing):
     code = (

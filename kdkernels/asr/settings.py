@@ -5,7 +5,14 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import yaml
+
+# argparse with files and types; of the light libraries the one that reads TOML and YAML alike,
+# checks lists, and needs nothing but PyYAML
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
 from .arms import ARMS, TEACHERS
+from .files import write_bytes
 
 EPILOG = """
 Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
@@ -143,10 +150,6 @@ PRESETS = {
 
 
 def _parser(mode: str):
-    # jsonargparse: argparse with files and types; of the light ones the only one that reads TOML
-    # and YAML alike, checks lists, and needs nothing but PyYAML.
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
     class Help(DefaultHelpFormatter):
         def _fill_text(self, text, width, indent):
             return "".join(indent + line for line in text.splitlines(keepends=True))
@@ -249,10 +252,6 @@ def warnings(settings: Settings) -> list[str]:
 
 def save(settings: Settings, path: Path) -> None:
     """The resolved settings as a file that --config reads."""
-    import yaml
-
-    from .files import write_bytes
-
     values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
     write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
 

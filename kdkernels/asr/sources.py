@@ -194,9 +194,7 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
             raise BadLineError(f"{where}: wav.scp has no recording {recording}")
         path = recordings[recording][1]
         if not path or path.endswith("|"):
-            raise BadLineError(
-                f"{recordings[recording][0]}: a command; write the path of an audio file"
-            )
+            raise BadLineError(f"{recordings[recording][0]}: no file but a command; write a path")
         if transcripts and key not in texts:
             raise BadLineError(f"{where}: {folder / 'text'} has no line {key}")
         text = _text(*texts[key], transcripts) if transcripts else ""

@@ -9,6 +9,7 @@ on disk.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +85,8 @@ def hugging_face(folder: Path) -> Foreign:
         import transformers
     except ModuleNotFoundError as error:
         raise TrainError(f"the teacher {folder} needs it: pip install transformers") from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCTC.from_pretrained(folder, local_files_only=True)
         tokens = json.loads((folder / "vocab.json").read_text())

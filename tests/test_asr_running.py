@@ -109,7 +109,9 @@ def test_the_resolved_settings_can_be_given_back(out):
 )
 def test_a_settings_file_and_the_command_line_over_it(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    parsed = settings.parse(["--preset=quick", f"--config={tmp_path / name}", "--seed=4"])
+    given = ["--preset=quick", f"--config={tmp_path / name}", "--seed=4", "--skip-bad"]
+    parsed = settings.parse(given)
+    assert parsed.skip_bad
     assert (parsed.teacher_steps, parsed.seed) == (7, 4)
     assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]
 
@@ -165,6 +167,6 @@ def test_two_processes_do_what_one_does(out, tmp_path):
 
 def test_tensorboard_that_is_missing_is_said(out, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    code, said = again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard=true")
+    code, said = again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard")
     assert code == 2
     assert "pip install tensorboard" in said

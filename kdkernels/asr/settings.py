@@ -70,11 +70,12 @@ class Settings:
 
     arms: list[str] = option(
         ["alone", "distilled", "distilled_without_transcripts", "transcribed"],
-        f"students to train, of {', '.join(ARMS)}",
+        f"students to train, [A,B,...] of {', '.join(ARMS)}",
+        metavar="LIST",
     )
-    teachers: list[str] = option(["own"], "whom the students learn from; see below")
+    teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
     teacher_rows: list[str] = option(
-        [], f"teachers trained besides, for comparison: {', '.join(TEACHERS)}"
+        [], f"teachers trained besides, for comparison: {', '.join(TEACHERS)}", metavar="LIST"
     )
     teacher_width: int = option(160, "channels of the teacher")
     teacher_layers: int = option(8, "layers of the teacher")
@@ -174,11 +175,12 @@ def _parser(mode: str):
     )
     for setting in fields(Settings):
         details = dict(setting.metadata)
-        if "choices" not in details:
-            details.setdefault("metavar", "N" if setting.type in (int, float) else "LIST")
-            details["type"] = setting.type
         if setting.type is bool:
-            details.pop("metavar")
+            details["action"] = "store_true"
+        elif "choices" not in details:
+            details["type"] = setting.type
+            numeric = setting.type in (int, float)
+            details.setdefault("metavar", "N" if numeric else "NAME")
         default = getattr(Settings(), setting.name)
         parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **details)
     return parser

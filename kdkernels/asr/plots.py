@@ -32,6 +32,7 @@ def loss(loss_ms: dict[str, float]) -> bytes:
     for axis, (label, values) in zip(figure.subplots(1, 2), tables, strict=True):
         bars = axis.bar(["kdkernels", "torch"], values, color=["tab:green", "tab:gray"])
         axis.bar_label(bars, fmt="%.2f")
+        axis.margins(y=0.1)
         axis.set_ylabel(label)
     return _png(figure)
 

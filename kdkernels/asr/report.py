@@ -148,6 +148,9 @@ def over_seeds(results: list[dict]) -> dict:
         ]
         for name in results[0]["curves"]
     }
+    together["seconds"] = {
+        name: sum(r["seconds"][name] for r in results) for name in together["seconds"]
+    }
     together["seeds"] = [r["settings"]["seed"] for r in results]
     keys = ("wer", "cer", "relative_reduction", "steps_to_alone_wer", "seconds_to_alone_wer")
     together["of_each_seed"] = [{key: r[key] for key in keys} for r in results]
@@ -239,7 +242,8 @@ def markdown(r: dict) -> str:
             "",
             f"Corpus sha256 {r['corpus']['sha256'][:16]}, seed {r['settings']['seed']}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}, {r['seconds']['total']:.0f} s in all.",
+            f"{r['machine']['precision']}; this run took {r['seconds']['total']:.0f} s, what was on "
+            "disk not counted.",
             "",
         ]
     )

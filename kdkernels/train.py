@@ -193,7 +193,7 @@ def train(
     metrics = training.Metrics(out, name, key, settings.tensorboard)
     curve = metrics.read(steps)
     found = files.load_tensors(path, key) if curve else None
-    if found:
+    if processes.from_first(lambda: bool(found)):
         encoder.load_state_dict(found[0])
     else:
         sampler = batches.Sampler(

@@ -242,8 +242,7 @@ def markdown(r: dict) -> str:
             "",
             f"Corpus sha256 {r['corpus']['sha256'][:16]}, seed {r['settings']['seed']}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}; this run took {r['seconds']['total']:.0f} s, what was on "
-            "disk not counted.",
+            f"{r['machine']['precision']}; {r['seconds']['total']:.0f} s, beside what was on disk.",
             "",
         ]
     )

@@ -62,6 +62,8 @@ def test_a_run_writes_models_and_a_report(out):
     assert report["loss_ms"]["torch"] > 0
     assert report["loss_ms"]["difference"] < 1e-5
     assert len(report["corpus"]["sha256"]) == 64
+    for name in ("wer", "loss"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.md").read_text()
     assert "student distilled" in page
     assert "never with LibriSpeech" in page

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from kdkernels.asr import audio, batches, data, decode, features, model, settings
+from kdkernels.asr import audio, batches, data, decode, features, model, settings, sources
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
@@ -58,11 +58,14 @@ def test_features_of_a_blink_of_audio_are_finite(samples):
 
 def test_spec_augment_hides_some_and_changes_nothing_else():
     x = torch.rand(3, 100, features.MELS) + 1
-    y = features.spec_augment(x, torch.Generator().manual_seed(0))
+    lengths = torch.tensor([100, 100, 50])
+    y = features.spec_augment(x, lengths, torch.Generator().manual_seed(0))
     hidden = y == 0
     assert 0 < hidden.float().mean() < 0.6
     assert torch.equal(y[~hidden], x[~hidden])
-    assert torch.equal(y, features.spec_augment(x, torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    part = features.spec_augment(x[1:, :60], lengths[1:], generator, torch.tensor([1, 2]))
+    assert torch.equal(y[1:, :60][:, :50], part[:, :50])  # however the step is shared out
 
 
 def test_a_schedule_keeps_its_budget_and_hears_everything():
@@ -114,7 +117,7 @@ def test_error_rates_and_their_intervals():
 
 
 def test_text_is_normalised():
-    assert data.normalise("  Don't STOP_me, \u00c9lan  42! ") == "don't stop me \u00e9lan 42"
+    assert sources.normalise("  Don't STOP_me, \u00c9lan  42! ") == "don't stop me \u00e9lan 42"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_text_is_normalised():
         (["--teacher-steps", "0"], "--teacher-steps must be greater than 0, got 0"),
         (["--untranscribed-share", "1"], "--untranscribed-share must be in (0, 1), got 1.0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["--learning-rate", "nan"], "--learning-rate must be greater than 0, got nan"),
+        (["--learning-rate=-1e-3"], "--learning-rate must be greater than 0, got -0.001"),
         (["--test", "a.jsonl"], "own data needs --transcribed, --untranscribed and --test"),
     ],
 )

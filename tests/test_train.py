@@ -16,12 +16,13 @@ MODELS = (
     "student_alone",
     "student_distilled",
     "student_distilled_without_transcripts",
+    "student_transcribed",
 )
 TINY = [
     *("--transcribed-utterances=6", "--untranscribed-utterances=6", "--dev-utterances=2"),
     *("--test-utterances=4", "--student-transcripts=3", "--teacher-steps=4", "--student-steps=4"),
     *("--eval-every=2", "--batch-seconds=12", "--teacher-width=16", "--teacher-layers=2"),
-    *("--student-width=8", "--student-layers=2", "--workers=1"),
+    *("--student-width=8", "--student-layers=2", "--workers=1", "--checkpoint-every=1"),
 ]
 
 
@@ -34,7 +35,8 @@ def out(tmp_path_factory):
 
 
 def times(folder):
-    return {p.name: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    files = [*folder.glob("*.safetensors"), *(folder / "cache").iterdir()]
+    return {path.name: path.stat().st_mtime_ns for path in files}
 
 
 def again(out, capsys, *arguments):
@@ -46,8 +48,9 @@ def again(out, capsys, *arguments):
 
 def test_a_run_writes_models_and_a_report(out):
     names = {path.name for path in out.iterdir()}
-    models = {f"{name}.safetensors" for name in MODELS}
-    assert names == models | {"cache", "report.json", "report.md"}
+    models = {f"{name}.{suffix}" for name in MODELS for suffix in ("safetensors", "jsonl")}
+    written = {"cache", "checkpoints", "settings.yaml", "wer.png", "loss.png"}
+    assert names == models | written | {"report.json", "report.md"}
     report = json.loads((out / "report.json").read_text())
     for table in ("wer", "cer", "wer_interval", "parameters", "curves", "step_ms"):
         assert report[table].keys() == set(MODELS)
@@ -59,6 +62,8 @@ def test_a_run_writes_models_and_a_report(out):
     assert report["loss_ms"]["torch"] > 0
     assert report["loss_ms"]["difference"] < 1e-5
     assert len(report["corpus"]["sha256"]) == 64
+    for name in ("wer", "loss"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.md").read_text()
     assert "student distilled" in page
     assert "never with LibriSpeech" in page
@@ -224,7 +229,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "missing", ["espeakng_loader", "jiwer", "safetensors", "soundfile", "tqdm"]
+    "missing",
+    ["espeakng_loader", "jiwer", "jsonargparse", "matplotlib", "safetensors", "soundfile", "tqdm"],
 )
 def test_a_missing_package_is_named(tmp_path, missing):
     code = (

@@ -1,18 +1,25 @@
 """Speech recognition around the losses: what `python -m kdkernels.train` is made of.
 
-    settings.py   every setting, its default and its help
+    settings.py   every setting, its default and its help; presets
+    arms.py       the table of students and teachers: what each hears and learns from
     files.py      files written whole or not at all, reused only when they are what was asked for
     corpus.py     a grammar, voices, noise: what is said, by whom, where; a function of the seed
     espeak.py     espeak-ng in process: text to samples
+    sources.py    recorded speech: manifests, Kaldi, Hugging Face, torchaudio; bad lines named
     audio.py      reading, resampling, noise and reverberation
     features.py   log-mel features; SpecAugment
-    data.py       manifests; feature shards on disk
-    batches.py    which utterances make a step
-    model.py      the convolutional CTC encoder
-    training.py   one loop for teacher and students
+    data.py       feature shards on disk; utterances in memory; alphabets
+    batches.py    which utterances make a step, and which process computes which
+    model.py      the convolutional CTC encoder, for whole utterances or streaming
+    bestrq.py     the self-supervised stage
+    teachers.py   our own, Hugging Face, torchaudio; mapping, mixing and caching of their logits
+    losses.py     what is minimised, over which frames and utterances
+    training.py   one loop for all; checkpoints and metrics
+    processes.py  several processes under torchrun
     measure.py    the cost of the loss: these ops, torch's own
     decode.py     greedy decoding, WER, CER, bootstrap intervals
-    report.py     report.json and report.md
+    report.py     report.json and report.md, over several seeds too
+    plots.py      the report's pictures
 
 Nothing here is imported by `import kdkernels`; it needs `pip install "kdkernels[train]"`.
 """

@@ -49,13 +49,35 @@ def _cut_short(path: Path) -> bool:
     return header[:4] == b"RIFF" and not streamed and path.stat().st_size < size + 8
 
 
-def read(path: Path) -> np.ndarray:
-    """Any file libsndfile reads -> int16 [samples], mono, 16 kHz."""
+def header(file) -> None:
+    """Raises OSError or ValueError unless `file`, a path or a binary file, is audio."""
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        if soundfile.info(file).frames <= 0:
+            raise ValueError("no audio in it")
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"cannot be read as audio ({error})") from error
+
+
+def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndarray, int]:
+    """(float32 [samples, channels], rate) of a path or binary file, from start to stop seconds."""
+    try:
+        with soundfile.SoundFile(file) as opened:
+            rate = opened.samplerate
+            opened.seek(min(round(start * rate), opened.frames))
+            count = -1 if stop is None else round((stop - start) * rate)
+            return opened.read(count, dtype="float32", always_2d=True), rate
     except (soundfile.SoundFileError, OSError) as error:
-        raise TrainError(f"{path} cannot be read as audio ({error})") from error
-    return to_int16(resample(samples.mean(1), rate))
+        raise TrainError(f"{file} cannot be read as audio ({error})") from error
+
+
+def mono(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 [samples, channels] at `rate` -> int16 [samples] at 16 kHz."""
+    return to_int16(resample(np.ascontiguousarray(samples.mean(1)), rate))
+
+
+def read(path: Path, start: float = 0.0, stop: float | None = None) -> np.ndarray:
+    """Any file libsndfile reads -> int16 [samples], mono, 16 kHz."""
+    return mono(*decode(path, start, stop))
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:

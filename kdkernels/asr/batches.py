@@ -1,7 +1,6 @@
 """Batches: the same ones for the same seed, of the same seconds of audio."""
 
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,10 +25,14 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 [N, S]
     target_lengths: Tensor  # int64 [N]; 0 without a transcript
     labelled: Tensor  # bool [N]
-    teacher_logits: Tensor | None  # [N, T, C], zero padded
+    teacher_logits: Tensor | None = None  # [N, T, C], zero padded
+    frame_weight: Tensor | None = None  # float32 [N, T] of the distillation term
+    ids: Tensor | None = None  # int64 [N], position in the whole step
+    labelled_share: float = 1.0  # of the step's labelled utterances, times the number of processes
+    frames_share: float = 1.0  # of the step's frame weight, times the number of processes
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device) for x in self))
+        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
 class Pool(NamedTuple):
@@ -38,10 +41,13 @@ class Pool(NamedTuple):
     data: Dataset
     alphabet: Alphabet | None  # None: no transcripts
     logits: list[Tensor] | None = None  # the teacher's, float16 [T, C] each
+    weights: list[Tensor] | None = None  # float32 [T] each, of the frames distilled
+    allowed: list[int] | None = None  # the utterances to draw from; None: all
+    texts: list[str] | None = None  # transcripts in place of the data's own
 
     def target(self, index: int) -> Tensor:
         """[S] classes; none without transcripts."""
-        text = self.data.texts[index] if self.alphabet else ""
+        text = (self.texts or self.data.texts)[index] if self.alphabet else ""
         return (self.alphabet or Alphabet("")).encode(text)
 
 
@@ -67,11 +73,12 @@ def schedule(lengths: list[int], seed: int, seconds: float, steps: int) -> list[
     return batches[:steps]
 
 
-def collate(chosen: list[tuple[Pool, int]]) -> Batch:
+def collate(chosen: list[tuple[Pool, int]], ids: list[int]) -> Batch:
     """Utterances of one or several pools, padded to the longest."""
     rows = [pool.data.features[i].float() for pool, i in chosen]
     targets = [pool.target(i) for pool, i in chosen]
     logits = [pool.logits[i] for pool, i in chosen if pool.logits]
+    weights = [pool.weights[i] for pool, i in chosen if pool.weights]
     return Batch(
         pad_sequence(rows, batch_first=True),
         torch.tensor([len(row) for row in rows]),
@@ -79,17 +86,64 @@ def collate(chosen: list[tuple[Pool, int]]) -> Batch:
         torch.tensor([len(target) for target in targets]),
         torch.tensor([pool.alphabet is not None for pool, _ in chosen]),
         pad_sequence(logits, batch_first=True) if logits else None,
+        pad_sequence(weights, batch_first=True) if weights else None,
+        torch.tensor(ids),
     )
 
 
-def batches(
-    parts: list[tuple[Pool, float]], seed: int, seconds: float, steps: int
-) -> Callable[[int], Batch]:
-    """step -> Batch, each part (pool, share) bringing its share of the `seconds` of audio."""
-    schedules = [
-        schedule([len(f) for f in pool.data.features], seed, share * seconds, steps)
-        for pool, share in parts
-    ]
-    return lambda step: collate(
-        [(pool, i) for (pool, _), plan in zip(parts, schedules, strict=True) for i in plan[step]]
-    )
+class Sampler:
+    """step -> the part of that step's batch that this process computes, in `accumulate` pieces.
+
+    Each of `parts` (pool, share) brings its share of the `seconds` of audio. A function of its
+    arguments: a training that goes on draws the same.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[Pool, float]],
+        seed: int,
+        seconds: float,
+        steps: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self._pools, self._plans = [pool for pool, _ in parts], []
+        for pool, share in parts:
+            allowed = pool.allowed or list(range(len(pool.data)))
+            lengths = [len(pool.data.features[i]) for i in allowed]
+            plan = schedule(lengths, seed, share * seconds, steps)
+            self._plans.append([[allowed[i] for i in batch] for batch in plan])
+
+    def __call__(self, step: int) -> list[Batch]:
+        chosen = [
+            (pool, i)
+            for pool, plan in zip(self._pools, self._plans, strict=True)
+            for i in plan[step]
+        ]
+        whole = self._counts(chosen)
+        pieces = []
+        for piece in range(self.accumulate):
+            ids = list(range(len(chosen)))[self.rank + piece * self.world :: self._stride]
+            mine = [chosen[i] for i in ids]
+            # a process without an utterance computes one that counts nothing
+            counts = self._counts(mine) if mine else (0.0, 0.0)
+            shares = [self.world * a / b if b else 0.0 for a, b in zip(counts, whole, strict=True)]
+            batch = collate(mine or chosen[:1], ids or [0])
+            pieces.append(batch._replace(labelled_share=shares[0], frames_share=shares[1]))
+        return pieces
+
+    @property
+    def _stride(self) -> int:
+        return self.world * self.accumulate
+
+    @staticmethod
+    def _counts(chosen: list[tuple[Pool, int]]) -> tuple[float, float]:
+        """(labelled utterances, weight of the frames, distilled or masked) among `chosen`."""
+        labelled = sum(pool.alphabet is not None for pool, _ in chosen)
+        frames = sum(
+            float(pool.weights[i].sum()) if pool.weights else len(pool.data.features[i]) // STACK
+            for pool, i in chosen
+        )
+        return labelled, frames

@@ -1,4 +1,4 @@
-"""Manifests, and feature shards on disk.
+"""Data sets: feature shards on disk, utterances in memory, alphabets.
 
 A shard holds the features of up to SHARD utterances and is made by a process of its own, so that
 what espeak-ng says is a function of the shard alone. An interrupted build goes on at the first
@@ -6,10 +6,9 @@ shard that is missing.
 """
 
 import hashlib
-import json
 import multiprocessing
-import re
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,20 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import audio, corpus, features
 from .espeak import Espeak, paths
 from .files import TrainError, digest, load_tensors, save_tensors
+from .sources import SHARD, Recorded
 
-SHARD = 250
 FORMAT = 1  # to be raised whenever the samples or the features change
-
-
-def normalise(text: str) -> str:
-    """Lower case; letters, digits and apostrophes; one space between words."""
-    return " ".join(re.sub(r"[^\w']|_", " ", text.lower()).split())
 
 
 # ---- what a shard is made of: picklable, and callable in a fresh process -------------------------
@@ -61,64 +56,34 @@ class Synthesised:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """Lines of a manifest: (path, text) each."""
+class Noisy:
+    """Another source's utterances with noise added, `snr` dB below the speech."""
 
-    lines: tuple[tuple[str, str], ...]
+    source: "Synthesised | Recorded"
+    snr: float
+    seed: int
 
     def key(self) -> list:
-        stats = [Path(path).stat() for path, _ in self.lines]
-        return [self.lines, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+        return [type(self.source).__name__, self.source.key(), self.snr, self.seed]
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.source)
 
     def utterances(self) -> Iterator[tuple]:
-        for path, text in self.lines:
-            yield audio.read(Path(path)), text
+        for index, (samples, text) in enumerate(self.source.utterances()):
+            rng = np.random.default_rng([self.seed, index])
+            speech = samples.astype(np.float32) / 32768
+            loud = audio.add_noise(speech, self.snr, rng.uniform(0, 2), rng)
+            yield audio.to_int16(loud / max(1.0, np.abs(loud).max())), text
+
+
+Source = Synthesised | Recorded | Noisy
 
 
 def synthesised(seed: int, split: str, count: int) -> list[Synthesised]:
     paths()  # a missing espeak-ng is told at once
     starts = range(0, count, SHARD)
     return [Synthesised(seed, split, start, min(start + SHARD, count)) for start in starts]
-
-
-def recorded(manifest: str, transcripts: bool) -> list[Recorded]:
-    """A NeMo manifest, every line and every file checked. `transcripts`: whether text is needed."""
-    path = Path(manifest)
-    try:
-        rows = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainError(f"cannot read the manifest {manifest}: {error}") from error
-    lines = []
-    for number, row in enumerate(rows, 1):
-        if row.strip():
-            lines.append(_line(path, f"{manifest}, line {number}", row, transcripts))
-    if not lines:
-        raise TrainError(f"the manifest {manifest} has no line; write one per utterance")
-    return [Recorded(tuple(lines[i : i + SHARD])) for i in range(0, len(lines), SHARD)]
-
-
-def _line(manifest: Path, where: str, row: str, transcripts: bool) -> tuple[str, str]:
-    """(audio path, text) of one line."""
-    example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
-    try:
-        entry = json.loads(row)
-        filepath = entry["audio_filepath"]
-        text = normalise(entry["text"]) if transcripts else ""
-        duration = entry.get("duration")
-        duration = None if duration is None else float(duration)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise TrainError(f"{where}: {reason}; expected e.g. {example}") from error
-    if not isinstance(filepath, str):
-        raise TrainError(f"{where}: `audio_filepath` is no text; expected e.g. {example}")
-    if transcripts and not text:
-        raise TrainError(f"{where}: `text` has no word; transcribe the utterance or drop the line")
-    file = manifest.parent / filepath
-    audio.check(file, duration, where)
-    return str(file.resolve()), text
 
 
 @dataclass(frozen=True)
@@ -130,6 +95,7 @@ class Dataset:
     seconds: float  # of audio
     key: str  # of what the utterances are
     sha256: str  # of the samples and texts
+    places: list[tuple[Source, int]]  # the source of each utterance, and which of its utterances
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -138,7 +104,20 @@ class Dataset:
         chosen, texts = self.features[start:stop], self.texts[start:stop]
         seconds = sum(len(f) for f in chosen) / features.FRAMES_PER_SECOND
         key = digest(self.key, start, stop)
-        return Dataset(chosen, texts, seconds, key, digest(self.sha256, start, stop))
+        sha256 = digest(self.sha256, start, stop)
+        return Dataset(chosen, texts, seconds, key, sha256, self.places[start:stop])
+
+    def samples(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (index, samples int16 at 16 kHz), for teachers that do not read our features."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "samples.safetensors"
+            for source in dict.fromkeys(source for source, _ in self.places):
+                _in_fresh_process(_make_samples, source, path)
+                tensors, _ = load_tensors(path, "")
+                rows = tensors["samples"].split(tensors["lengths"].tolist())
+                for index, (own, row) in enumerate(self.places):
+                    if own == source:
+                        yield index, rows[row]
 
 
 class Alphabet:
@@ -170,6 +149,12 @@ class Corpora(NamedTuple):
     dev: Dataset
     test: Dataset
     alphabet: Alphabet
+    noisy: Dataset | None = None  # `untranscribed` with noise added
+    noisy_test: Dataset | None = None
+    skipped: dict[str, int] | None = None  # lines left out of each set
+
+    def sets(self) -> dict[str, Dataset]:
+        return {n: x for n, x in self._asdict().items() if isinstance(x, Dataset)}
 
 
 def split_off_dev(transcribed: Dataset) -> tuple[Dataset, Dataset]:
@@ -179,9 +164,6 @@ def split_off_dev(transcribed: Dataset) -> tuple[Dataset, Dataset]:
     if start == 0:
         raise TrainError("one transcribed utterance is too few; give more, or a --dev manifest")
     return transcribed.part(0, start), transcribed.part(start, count)
-
-
-Source = Synthesised | Recorded
 
 
 def shard_key(source: Source) -> str:
@@ -205,6 +187,13 @@ def make_shard(source: Source, path: Path) -> None:
     seconds = samples_seen / audio.SAMPLE_RATE
     facts = {"texts": texts, "seconds": seconds, "sha256": sha256.hexdigest()}
     save_tensors(path, tensors, shard_key(source), **facts)
+
+
+def _make_samples(source: Source, path: Path) -> None:
+    """What `Dataset.samples` reads. Runs in a process of its own."""
+    rows = [torch.from_numpy(samples) for samples, _ in source.utterances()]
+    lengths = torch.tensor([len(row) for row in rows])
+    save_tensors(path, {"samples": torch.cat(rows), "lengths": lengths}, "")
 
 
 def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> Dataset:
@@ -234,7 +223,8 @@ def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> D
     finally:
         pool.shutdown(cancel_futures=True)
     shards = len(sources)
-    return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]))
+    places = [(source, row) for source in sources for row in range(len(source))]
+    return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]), places)
 
 
 def _leave_interrupts_to_the_parent() -> None:

@@ -52,19 +52,22 @@ def log_mel(samples: Tensor) -> Tensor:
     return features.half()
 
 
-def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
+def spec_augment(
+    features: Tensor, lengths: Tensor, generator: torch.Generator, ids: Tensor | None = None
+) -> Tensor:
     """Hide two bands of up to 8 mels and two spans of up to 12 frames, others in each utterance.
 
-    `features` [N, frames, MELS] (Park et al. 2019). Hidden values become 0, which is the mean.
+    `features` [N, frames, MELS], `lengths` [N] (Park et al. 2019). Hidden values become 0, which is
+    the mean. `ids` [N]: positions in the whole step, where this is a part of it: what is hidden
+    depends on these, not on how the step is shared out.
     """
     N, frames, mels = features.shape
-    for size, widest, axis in ((mels, 8, 2), (frames, 12, 1)):
-        for _ in range(2):
-            width, start = torch.rand(2, N, 1, generator=generator)
-            width = (width * (widest + 1)).floor()
-            start = (start * (size - width).clamp(min=0)).floor()
-            position = torch.arange(size)
-            hidden = (position >= start) & (position < start + width)
-            hidden = hidden[:, None, :] if axis == 2 else hidden[:, :, None]
-            features = features.masked_fill(hidden.to(features.device), 0)
+    ids = torch.arange(N) if ids is None else ids
+    drawn = torch.rand(int(ids.max()) + 1, 4, 2, generator=generator)[ids]
+    for i, (widest, size) in enumerate(2 * [(8, torch.full((N,), mels)), (12, lengths)]):
+        width = (drawn[:, i, 0] * (widest + 1)).floor()
+        start = (drawn[:, i, 1] * (size - width).clamp(min=0)).floor()
+        position = torch.arange(frames if i % 2 else mels)
+        hidden = (position >= start[:, None]) & (position < (start + width)[:, None])
+        features = features.masked_fill(hidden[:, :, None] if i % 2 else hidden[:, None, :], 0)
     return features

@@ -38,15 +38,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
+        raise TrainError(
+            f"cannot write {path}: {error.strerror or error}; mend that and run the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
@@ -71,8 +73,21 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, **facts) -> N
     write_bytes(path, safetensors.torch.save(tensors, {"kdkernels": header}))
 
 
-def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict] | None:
-    """The tensors and facts of a file made with this key; None when it must be made again."""
+def remove_unfinished(folder: Path) -> None:
+    """What processes that were killed had begun to write."""
+    for path in folder.rglob(".*.tmp"):
+        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            path.unlink(missing_ok=True)
+
+
+def load_tensors(
+    path: Path, key: str, otherwise: str = "made again"
+) -> tuple[dict[str, Tensor], dict] | None:
+    """The tensors and facts of a file made with this key; None when it must be made again.
+
+    What is wrong with a file that is there is said on stderr, with what happens `otherwise`.
+    """
     if not path.exists():
         return None
     try:
@@ -83,5 +98,5 @@ def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict] | None:
         reason = "was made from other data or settings"
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         reason = f"cannot be read ({error})"
-    print(f"{path} {reason}: made again", file=sys.stderr)
+    print(f"{path} {reason}: {otherwise}", file=sys.stderr)
     return None

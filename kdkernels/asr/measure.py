@@ -1,34 +1,23 @@
 """What the distillation loss of one training step costs: these ops and torch's own, in turn."""
 
+import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kdkernels as kd
-
+from . import losses
 from .batches import Batch
 from .settings import Settings
 
-
-def fused(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    """The loss of the distilled student. `logits` [N, T, C], `lengths` [N]."""
-    return kd.ctc_kd_loss(
-        logits,
-        batch.teacher_logits,
-        batch.targets,
-        lengths,
-        batch.target_lengths,
-        zero_infinity=True,
-        ctc_weight=settings.ctc_weight,
-        kd_weight=settings.kd_weight,
-        temperature=settings.temperature,
-        labelled=batch.labelled,
-        batch_first=True,
-    ).loss
+HALFWAY = 0.5  # of the training, for a kd_weight that changes
 
 
 def composite(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings) -> Tensor:
@@ -44,10 +33,27 @@ def composite(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings)
     )
     student = F.log_softmax(logits.float() / settings.temperature, -1)
     teacher = F.log_softmax(batch.teacher_logits.float() / settings.temperature, -1)
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+    def kl(q: Tensor, p: Tensor) -> Tensor:
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+    if settings.divergence == "jsd":
+        middle = torch.logaddexp(student, teacher) - math.log(2)
+        divergence = (kl(middle, teacher) + kl(middle, student)) / 2
+    elif settings.divergence == "reverse_kl":
+        divergence = kl(teacher, student)
+    else:
+        divergence = kl(student, teacher)
     valid = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
-    kl = (divergence * valid).sum() / valid.sum() * settings.temperature**2
-    return settings.ctc_weight * ctc + settings.kd_weight * kl
+    weight = valid if batch.frame_weight is None else valid * batch.frame_weight
+    kd_term = (divergence * weight).sum() / weight.sum() * settings.temperature**2
+    schedule = losses.SCHEDULES[settings.kd_schedule](HALFWAY)
+    return settings.ctc_weight * ctc + settings.kd_weight * schedule * kd_term
+
+
+def fused(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings) -> Tensor:
+    """The loss of the distilled student, as it is trained."""
+    return losses.distil(logits, lengths, batch, HALFWAY, settings)
 
 
 def compare(
@@ -62,7 +68,27 @@ def compare(
             times[name].append(milliseconds)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     difference = abs(losses["fused"] - losses["torch"]) / max(abs(losses["torch"]), 1e-9)
-    return {**medians, "speedup": medians["torch"] / medians["fused"], "difference": difference}
+    peaks = {
+        f"{name}_bytes": _peak(loss, logits, lengths, batch, settings)
+        for name, loss in (("fused", fused), ("torch", composite))
+    }
+    speedup = medians["torch"] / medians["fused"]
+    return {**medians, "speedup": speedup, "difference": difference, **peaks}
+
+
+def _peak(loss: Callable, logits: Tensor, *rest) -> int:
+    """Most bytes that torch's allocator has given out at once during loss and gradient."""
+    if logits.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _time(loss, logits, *rest)
+        return torch.cuda.max_memory_allocated() - before
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        _time(loss, logits, *rest)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 def _time(loss: Callable, logits: Tensor, *rest) -> tuple[float, float]:
@@ -75,3 +101,17 @@ def _time(loss: Callable, logits: Tensor, *rest) -> tuple[float, float]:
     value.backward()
     wait()
     return 1e3 * (time.perf_counter() - start), value.item()
+
+
+@contextmanager
+def _quiet():
+    """Without what the profiler's C++ writes to stderr."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

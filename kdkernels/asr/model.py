@@ -12,18 +12,44 @@ STACK = 3  # feature frames in one frame of logits
 class Block(nn.Module):
     """x + Linear(GELU(Conv(LayerNorm(x)))): local context, then a mix of channels."""
 
-    def __init__(self, width: int, dilation: int):
+    def __init__(self, width: int, dilation: int, causal: bool):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         # over [N, width, 1, T], which strides make channels-last: on a CPU twice as fast as Conv1d
-        span, padding = (1, dilation), (0, 2 * dilation)
+        self.past = 4 * dilation if causal else 0  # frames of padding, all before the first frame
+        span, padding = (1, dilation), (0, 0 if causal else 2 * dilation)
         self.conv = nn.Conv2d(width, width, (1, 5), padding=padding, dilation=span)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.norm(x) * mask  # padding must look the same as the end of the tensor
+        y = F.pad(y, (0, 0, self.past, 0)) if self.past else y
         y = self.conv(y.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         return x + self.out(F.gelu(y))
+
+
+class ChunkAttention(nn.Module):
+    """x + self-attention in which a frame sees its own chunk and some chunks before it."""
+
+    HEADS = 4
+
+    def __init__(self, width: int, chunk: int, left: int):
+        super().__init__()
+        self.chunk, self.left = chunk, left
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        N, T, width = x.shape
+        chunk = torch.arange(T, device=x.device) // self.chunk
+        age = chunk[:, None] - chunk
+        seen = (age >= 0) & (age <= self.left)
+        heads = self.qkv(self.norm(x)).view(N, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)
+        # what a padded frame attends to does not matter, but it must be something
+        seen = seen & (mask[:, None, None, :, 0] | torch.eye(T, dtype=torch.bool, device=x.device))
+        y = F.scaled_dot_product_attention(*heads, attn_mask=seen)
+        return x + self.out(y.transpose(1, 2).reshape(N, T, width))
 
 
 class Encoder(nn.Module):
@@ -31,11 +57,19 @@ class Encoder(nn.Module):
 
     frames_per_second = FRAMES_PER_SECOND / STACK
 
-    def __init__(self, width: int, layers: int, classes: int):
+    def __init__(
+        self, width: int, layers: int, classes: int, chunk: int | None = None, left: int = 0
+    ):
+        """`chunk`: a streaming encoder, causal but for attention within chunks of that many frames
+        of logits and `left` chunks before; None: an encoder that sees everything around a frame."""
         super().__init__()
-        self.shape = [width, layers, classes]
+        self.shape = [width, layers, classes, *([] if chunk is None else [chunk, left])]
         self.stem = nn.Linear(STACK * MELS, width)
-        self.blocks = nn.ModuleList(Block(width, 1 + i % 2) for i in range(layers))
+        self.blocks = nn.ModuleList()
+        for i in range(layers):
+            self.blocks.append(Block(width, 1 + i % 2, chunk is not None))
+            if chunk is not None and i % 2:
+                self.blocks.append(ChunkAttention(width, chunk, left))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

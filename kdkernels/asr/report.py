@@ -2,6 +2,7 @@
 
 import json
 import platform
+import statistics
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,18 +12,17 @@ import torch
 
 import kdkernels as kd
 
-from . import decode
+from . import decode, plots
+from .arms import ARMS, OWN, TEACHERS
 from .data import Corpora
 from .files import digest, write_bytes
-from .model import Encoder
 from .settings import Settings
 from .training import Point
 
 NAMES = {
-    "teacher": "teacher",
-    "student_alone": "student alone",
-    "student_distilled": "student distilled",
-    "student_distilled_without_transcripts": "student distilled, no transcript",
+    "teacher": OWN.title,
+    **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
+    **{f"student_{name}": arm.title for name, arm in ARMS.items()},
 }
 
 
@@ -40,38 +40,44 @@ def reached(curve: list[Point], wer: float) -> Point | None:
 def make(
     settings: Settings,
     corpora: Corpora,
-    models: dict[str, tuple[Encoder, list[Point]]],
+    curves: dict[str, list[Point]],
+    parameters: dict[str, int],
     scores: dict[str, Score],
+    noisy: dict[str, Score],
     loss_ms: dict[str, float],
     machine: dict,
     seconds: dict[str, float],
 ) -> dict:
-    """Everything, ready for json. Rates are in percent, times in seconds unless named otherwise."""
+    """Everything that was measured, as json writes it."""
     drawn = decode.resamples(len(corpora.test), settings.seed)
-    curves = {name: curve for name, (_, curve) in models.items()}
+    order = [name for name in NAMES if name in scores]
+    scores = {name: scores[name] for name in order}
     alone, distilled = (scores[f"student_{name}"].words for name in ("alone", "distilled"))
     best = min(curves["student_alone"], key=lambda point: point.wer)
     same = reached(curves["student_distilled"], best.wer)
-    sets = {name: data for name, data in corpora._asdict().items() if name != "alphabet"}
+    sets = corpora.sets()
     return {
         "wer": {name: score.words.percent() for name, score in scores.items()},
         "wer_interval": {n: decode.interval(s.words, drawn) for n, s in scores.items()},
         "cer": {name: score.characters.percent() for name, score in scores.items()},
         "cer_interval": {n: decode.interval(s.characters, drawn) for n, s in scores.items()},
+        "noisy_wer": {name: score.words.percent() for name, score in noisy.items()},
+        "noisy_wer_interval": {n: decode.interval(s.words, drawn) for n, s in noisy.items()},
         "relative_reduction": 100 * (1 - distilled.percent() / max(alone.percent(), 1e-9)),
         "relative_reduction_interval": decode.reduction_interval(distilled, alone, drawn),
         "alone_best": best._asdict(),
         "steps_to_alone_wer": same and same.step,
         "seconds_to_alone_wer": same and same.seconds,
         "loss_ms": loss_ms,
-        "step_ms": {name: 1e3 * c[-1].seconds / c[-1].step for name, c in curves.items()},
+        "step_ms": {name: 1e3 * c[-1].seconds / c[-1].step for name, c in curves.items() if c},
         "real_time_factor": {name: score.real_time_factor for name, score in scores.items()},
-        "parameters": {name: encoder.parameter_count() for name, (encoder, _) in models.items()},
+        "parameters": parameters,
         "curves": {name: [p._asdict() for p in curve] for name, curve in curves.items()},
         "seconds": seconds,
         "corpus": {
             "speech": "recorded" if settings.transcribed else "synthesised by espeak-ng",
             "sha256": digest(*(data.sha256 for data in sets.values())),
+            "skipped": corpora.skipped or {},
             "utterances": {name: len(data) for name, data in sets.items()},
             "hours": {name: data.seconds / 3600 for name, data in sets.items()},
         },
@@ -87,22 +93,83 @@ def make(
     }
 
 
+def transcripts(name: str, counts: dict[str, int]) -> int:
+    """How many a model has learned from; those that a teacher wrote are not counted."""
+    role, _, arm = name.partition("_")
+    if role == "teacher":
+        few = TEACHERS[arm].transcripts if arm else None
+        return min(few or counts["transcribed"], counts["transcribed"])
+    return sum(counts[heard] for heard, whose in ARMS[arm].hears.items() if whose == "human")
+
+
+def over_seeds(results: list[dict]) -> dict:
+    """One report of several seeds: means, and intervals over seeds and utterances together.
+
+    An interval of a mean of n independent seeds: the mean of theirs, widened to the seeds' own
+    scatter (the standard error of the mean, times Student's t) where that is the larger.
+    """
+    together = dict(results[0])
+
+    def mean(table: str, name: str) -> float:
+        return statistics.fmean(r[table][name] for r in results)
+
+    def interval(values: list[float], intervals: list[list[float]]) -> list[float]:
+        middle, n = statistics.fmean(values), len(values)
+        within = statistics.fmean(high - low for low, high in intervals) / 2 / n**0.5
+        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.57)
+        half = max(within, t * statistics.stdev(values) / n**0.5)
+        return [middle - half, middle + half]
+
+    for table in ("wer", "cer", "noisy_wer", "loss_ms", "step_ms", "real_time_factor", "seconds"):
+        together[table] = {name: mean(table, name) for name in results[0][table]}
+    for table in ("wer", "cer", "noisy_wer"):
+        together[f"{table}_interval"] = {
+            name: interval(
+                [r[table][name] for r in results], [r[f"{table}_interval"][name] for r in results]
+            )
+            for name in results[0][table]
+        }
+    reductions = [r["relative_reduction"] for r in results]
+    together["relative_reduction"] = statistics.fmean(reductions)
+    together["relative_reduction_interval"] = interval(
+        reductions, [r["relative_reduction_interval"] for r in results]
+    )
+    for name in ("steps_to_alone_wer", "seconds_to_alone_wer"):
+        values = [r[name] for r in results]
+        together[name] = None if None in values else statistics.fmean(values)
+    together["alone_best"] = {
+        name: statistics.fmean(r["alone_best"][name] for r in results)
+        for name in results[0]["alone_best"]
+    }
+    together["curves"] = {
+        name: [
+            {k: statistics.fmean(points[k] for points in at) for k in at[0]}
+            for at in zip(*(r["curves"][name] for r in results), strict=True)
+        ]
+        for name in results[0]["curves"]
+    }
+    together["seconds"] = {
+        name: sum(r["seconds"][name] for r in results) for name in together["seconds"]
+    }
+    together["seeds"] = [r["settings"]["seed"] for r in results]
+    keys = ("wer", "cer", "relative_reduction", "steps_to_alone_wer", "seconds_to_alone_wer")
+    together["of_each_seed"] = [{key: r[key] for key in keys} for r in results]
+    return together
+
+
 def markdown(r: dict) -> str:
     """The report as a page."""
     hours, counts = r["corpus"]["hours"], r["corpus"]["utterances"]
     synthesised = r["corpus"]["speech"] != "recorded"
-    transcripts = {
-        "teacher": counts["transcribed"],
-        "student_distilled_without_transcripts": 0,
-    }
     rows = []
     for name, wer in r["wer"].items():
         low, high = r["wer_interval"][name]
-        last = r["curves"][name][-1]
+        curve = r["curves"].get(name)
+        last = curve[-1] if curve else {"step": 0, "seconds": 0.0}
         rows.append(
             f"| {NAMES[name]} | {r['parameters'][name] / 1e6:.2f} M "
-            f"| {transcripts.get(name, counts['student'])} | **{wer:.1f}** [{low:.1f}, {high:.1f}] "
-            f"| {r['cer'][name]:.1f} | {last['step']} | {last['seconds']:.0f} |"
+            f"| {transcripts(name, counts)} | **{wer:.1f}** [{low:.1f}, {high:.1f}] "
+            f"| {r['cer'][name]:.1f} | {last['step']:.0f} | {last['seconds']:.0f} |"
         )
     low, high = r["relative_reduction_interval"]
     best, loss = r["alone_best"], r["loss_ms"]
@@ -110,9 +177,9 @@ def markdown(r: dict) -> str:
         sooner = "The distilled student did not reach the student alone on the dev set."
     else:
         sooner = (
-            f"The best dev WER of the student alone ({best['wer']:.1f} %, step {best['step']}, "
+            f"The best dev WER of the student alone ({best['wer']:.1f} %, step {best['step']:.0f}, "
             f"{best['seconds']:.0f} s) was reached by the distilled one at step "
-            f"{r['steps_to_alone_wer']}, after {r['seconds_to_alone_wer']:.0f} s."
+            f"{r['steps_to_alone_wer']:.0f}, after {r['seconds_to_alone_wer']:.0f} s."
         )
     source = (
         "The speech is synthesised (espeak-ng, a small grammar, added noise): these figures "
@@ -120,11 +187,24 @@ def markdown(r: dict) -> str:
         if synthesised
         else "The speech is that of the manifests given."
     )
+    seeds = r.get("seeds")
+    chance = (
+        f"- Means over seeds {', '.join(map(str, seeds))}; the intervals cover the choice of test "
+        "utterances and the chance of training."
+        if seeds
+        else "- The intervals cover the choice of test utterances, not the chance of training: for "
+        "that, give --seeds 3."
+    )
+    noise = [
+        f"- On the test set with noise added: {NAMES[name]} {wer:.1f} % "
+        f"[{', '.join(f'{x:.1f}' for x in r['noisy_wer_interval'][name])}]."
+        for name, wer in r["noisy_wer"].items()
+    ]
     unseen = "unseen voices and sentences, " if synthesised else ""
     steps = [point["step"] for point in r["curves"]["student_alone"]]
-    students = [name for name in r["curves"] if name != "teacher"]
+    students = [name for name in r["curves"] if name.startswith("student")]
     curve = [
-        f"| {step} | " + " | ".join(f"{r['curves'][n][i]['wer']:.1f}" for n in students) + " |"
+        f"| {step:.0f} | " + " | ".join(f"{r['curves'][n][i]['wer']:.1f}" for n in students) + " |"
         for i, step in enumerate(steps)
     ]
     return "\n".join(
@@ -146,9 +226,13 @@ def markdown(r: dict) -> str:
             f"- The loss of one step takes {loss['fused']:.2f} ms with kdkernels, "
             f"{loss['torch']:.2f} ms with torch's own ops (relative difference of the two losses: "
             f"{loss['difference']:.0e}), the step {r['step_ms']['student_distilled']:.0f} ms.",
-            "- The intervals cover the choice of test utterances, not the chance of training: for "
-            "that, try another --seed.",
+            f"- That loss uses {loss['fused_bytes'] / 1e6:.2f} MB at its peak, torch's "
+            f"{loss['torch_bytes'] / 1e6:.2f} MB.",
+            *noise,
+            chance,
             f"- {source}",
+            "",
+            "![dev WER against steps and seconds](wer.png) ![cost of the loss](loss.png)",
             "",
             "Dev WER against steps:",
             "",
@@ -158,7 +242,7 @@ def markdown(r: dict) -> str:
             "",
             f"Corpus sha256 {r['corpus']['sha256'][:16]}, seed {r['settings']['seed']}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}, {r['seconds']['total']:.0f} s in all.",
+            f"{r['machine']['precision']}; {r['seconds']['total']:.0f} s, beside what was on disk.",
             "",
         ]
     )
@@ -167,3 +251,7 @@ def markdown(r: dict) -> str:
 def write(results: dict, out: Path) -> None:
     write_bytes(out / "report.json", json.dumps(results, indent=1).encode())
     write_bytes(out / "report.md", markdown(results).encode())
+    named = {NAMES[name]: curve for name, curve in results["curves"].items() if name in NAMES}
+    students = {NAMES[name] for name in results["curves"] if name.startswith("student")}
+    write_bytes(out / "wer.png", plots.curves({n: c for n, c in named.items() if n in students}))
+    write_bytes(out / "loss.png", plots.loss(results["loss_ms"]))

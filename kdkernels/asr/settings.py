@@ -1,34 +1,64 @@
 """Every setting of the training program: its default, its help, its presets, its command line."""
 
-import argparse
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+# argparse with files and types; of the light libraries the one that reads TOML and YAML alike,
+# checks lists, and needs nothing but PyYAML
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from .arms import ARMS, TEACHERS
+from .files import write_bytes
 
 EPILOG = """
-Without manifests the speech is synthesised by espeak-ng, so that the whole experiment runs
-anywhere from nothing. On your own data, give --transcribed, --untranscribed and --test: JSON
-lines as in NeMo, {"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}, paths relative to
-the manifest's folder, any format that libsndfile reads (wav, flac, ogg, mp3).
+Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
+anywhere from nothing. On your own data, give --transcribed, --untranscribed and --test, each one of
+  FILE                             JSON lines as in NeMo, {"audio_filepath": "a.wav", "duration":
+                                   3.1, "text": "hello"}, paths relative to the file's folder
+  FOLDER with wav.scp              Kaldi: wav.scp, text, and segments where there are any
+  FOLDER of datasets.save_to_disk  Hugging Face: columns "audio" and "text" (or "sentence")
+  torchaudio:CLASS:ROOT[:ARGUMENT] e.g. torchaudio:LIBRISPEECH:/data:train-clean-100
+Audio is any format that libsndfile reads (wav, flac, ogg, mp3), any rate, any number of channels.
 
-Every finished stage stays on disk: run the same command again and it goes on from there.
+A teacher of your own (--teachers) is one of
+  FILE.safetensors     a model that this program has trained
+  FOLDER               a Hugging Face CTC model (Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC)
+  torchaudio:BUNDLE    e.g. torchaudio:WAV2VEC2_ASR_BASE_960H
+  own                  the one this run trains
+each with =WEIGHT after it where several shall not count the same.
+
+The same command with the same --out goes on where it was, whatever ended it; finished stages are
+used as they are. Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches
+are then shared out among them, the results those of one process.
 """
+
+FRAMES = ("all", "nonblank", "neighbours", "threshold")
 
 
 def option(default, help: str, **argument):
     """A field and its command-line option in one."""
-    return field(default=default, metadata={"help": help, **argument})
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else None
+    return field(**(kind or {"default": default}), metadata={"help": help, **argument})
 
 
 @dataclass(frozen=True)
 class Settings:
+    """One field, one option of the command line, one key of a settings file."""
+
     out: str = option("kdkernels-train", "folder for models and report", metavar="DIR")
     cache: str = option("", "folder for features and teacher logits [OUT/cache]", metavar="DIR")
     seed: int = option(0, "the corpus, the models and the order of batches are functions of it")
+    seeds: int = option(1, "repeat with seed, seed + 1, ... and report means and intervals")
 
-    transcribed: str = option("", "own data: manifest with transcripts", metavar="FILE")
-    untranscribed: str = option("", "own data: manifest, transcripts not read", metavar="FILE")
-    dev: str = option("", "own data: manifest for the curves [from --transcribed]", metavar="FILE")
-    test: str = option("", "own data: manifest for the final WER", metavar="FILE")
+    transcribed: str = option("", "own data with transcripts", metavar="DATA")
+    untranscribed: str = option("", "own data, transcripts not read", metavar="DATA")
+    dev: str = option("", "own data for the curves [from --transcribed]", metavar="DATA")
+    test: str = option("", "own data for the final WER", metavar="DATA")
+    skip_bad: bool = option(False, "leave out lines and files that cannot be used, and count them")
 
     transcribed_utterances: int = option(5000, "synthesised utterances that teach the teacher")
     untranscribed_utterances: int = option(5000, "synthesised utterances without a transcript")
@@ -38,23 +68,70 @@ class Settings:
         400, "transcripts that the students get: the first ones of the transcribed set"
     )
 
+    arms: list[str] = option(
+        ["alone", "distilled", "distilled_without_transcripts", "transcribed"],
+        f"students to train, [A,B,...] of {', '.join(ARMS)}",
+        metavar="LIST",
+    )
+    teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
+    teacher_rows: list[str] = option(
+        [], f"teachers trained besides, for comparison: {', '.join(TEACHERS)}", metavar="LIST"
+    )
     teacher_width: int = option(160, "channels of the teacher")
     teacher_layers: int = option(8, "layers of the teacher")
     student_width: int = option(96, "channels of the student")
     student_layers: int = option(6, "layers of the student")
+    chunk_frames: int = option(8, "streaming student: frames that it waits for, of 30 ms each")
+    left_chunks: int = option(4, "streaming student: chunks of the past that it attends to")
+    frame_shift: int = option(4, "streaming student: frames by which it may come after the teacher")
 
+    ssl_steps: int = option(
+        0, "self-supervised steps (BEST-RQ) before the teacher's own; 0: it starts from nothing"
+    )
     teacher_steps: int = option(2500, "training steps of the teacher")
     student_steps: int = option(2000, "training steps of each student")
     batch_seconds: float = option(48.0, "audio in a step, with padding: the same for everyone")
+    accumulate: int = option(1, "parts in which a step is computed, to save memory")
     learning_rate: float = option(3e-3, "its peak: linear warm-up, then a cosine to zero")
+    clip: float = option(1.0, "largest norm of a step's gradient")
     eval_every: int = option(100, "steps between two points of the dev curve")
+    checkpoint_every: int = option(100, "steps between two checkpoints")
+    keep: int = option(2, "checkpoints kept of each training: the newest ones, and the best")
+
     ctc_weight: float = option(1.0, "weight of the CTC term, per label, in the distilled student")
     kd_weight: float = option(3.0, "weight of the distillation term, per frame")
+    kd_schedule: str = option(
+        "constant",
+        "kd_weight over the steps: constant, rise from 0, or fall to 0",
+        choices=("constant", "rise", "fall"),
+    )
     temperature: float = option(1.0, "temperature of the distillation term")
+    divergence: str = option(
+        "forward_kl",
+        "of teacher and student",
+        choices=("forward_kl", "reverse_kl", "jsd"),
+    )
+    frames: str = option(
+        "all",
+        "frames distilled: all; nonblank: where the teacher's best class is no blank; neighbours: "
+        "these and the ones beside them; threshold: where blank is less likely than "
+        "--blank-threshold",
+        choices=FRAMES,
+    )
+    blank_threshold: float = option(0.95, "see --frames")
+    min_confidence: float = option(
+        0.0,
+        "leave out untranscribed utterances of which the teacher is less sure: mean, over the "
+        "frames whose best class is no blank, of that class's probability",
+    )
+    top_k: int = option(0, "keep the k best teacher logits of a frame and the rest's mass; 0: all")
     untranscribed_share: float = option(0.75, "share of untranscribed audio in a distillation step")
+    noise_snr: float = option(0.0, "arm noisy: speech above the noise that is added, dB")
+
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     workers: int = option(2, "processes that synthesise speech and compute features")
+    tensorboard: bool = option(False, "write OUT/tensorboard too; OUT/*.jsonl is always written")
 
 
 PRESETS = {
@@ -67,52 +144,76 @@ PRESETS = {
         "teacher_steps": 900,
         "student_steps": 600,
         "eval_every": 50,
+        "arms": ["alone", "distilled", "distilled_without_transcripts"],
     },
+    "full": {"arms": list(ARMS), "teacher_rows": list(TEACHERS), "ssl_steps": 2500},
 }
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(
+def _parser(mode: str):
+    class Help(DefaultHelpFormatter):
+        def _fill_text(self, text, width, indent):
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    parser = ArgumentParser(
         prog="python -m kdkernels.train",
-        description="Train a teacher, a student alone and a student distilled from the teacher; "
+        description="Train a teacher, a student alone and students distilled from the teacher; "
         "compare their word error rates.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
+        parser_mode=mode,
+    )
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="settings, in a TOML or YAML file"
     )
     parser.add_argument(
         "--preset",
-        choices=PRESETS,
+        choices=tuple(PRESETS),
         default="default",
-        help="default: about 10 minutes on two cores; quick: about 3; "
-        "the options below override it one by one",
+        help="default: about 10 minutes on two cores; quick: about 3; full: every arm, an hour or "
+        "more; the options below override it one by one",
     )
     for setting in fields(Settings):
         details = dict(setting.metadata)
-        if setting.default != "":
-            details["help"] += f" [{setting.default}]"
-        if setting.type is not str:
-            details["metavar"] = "N"
-        parser.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            type=setting.type,
-            default=argparse.SUPPRESS,
-            **details,
-        )
+        if setting.type is bool:
+            details["action"] = "store_true"
+        elif "choices" not in details:
+            details["type"] = setting.type
+            numeric = setting.type in (int, float)
+            details.setdefault("metavar", "N" if numeric else "NAME")
+        default = getattr(Settings(), setting.name)
+        parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **details)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    toml = any(a.removeprefix("--config=").endswith(".toml") for a in arguments)
+    parser = _parser("toml" if toml else "yaml")
+    preset = parser.parse_args(arguments).preset
+    parser.set_defaults(PRESETS[preset])
     given = vars(parser.parse_args(arguments))
-    settings = replace(Settings(), **{**PRESETS[given.pop("preset")], **given})
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)})
     error = problem(settings)
     if error:
         parser.error(error)
     return settings
 
 
+MAY_BE_ZERO = ("seed", "ctc_weight", "ssl_steps", "min_confidence", "top_k", "frame_shift")
+
+
 def problem(settings: Settings) -> str | None:
     """What is wrong with the settings, if anything."""
     for setting in fields(Settings):
         value = getattr(settings, setting.name)
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        zero = setting.name in ("seed", "ctc_weight")
+        if setting.name == "noise_snr":
+            if not math.isfinite(value):
+                return f"--noise-snr must be a finite number, got {value}"
+            continue
+        zero = setting.name in MAY_BE_ZERO
         if not (0 < value < math.inf or (zero and value == 0)):
             least = "at least 0" if zero else "greater than 0"
             return f"--{setting.name.replace('_', '-')} must be {least}, got {value}"
@@ -120,7 +221,45 @@ def problem(settings: Settings) -> str | None:
         return f"--temperature must be at least 1e-30, got {settings.temperature}"
     if settings.untranscribed_share >= 1:
         return f"--untranscribed-share must be in (0, 1), got {settings.untranscribed_share}"
+    for name, known in (("arms", ARMS), ("teacher_rows", TEACHERS)):
+        for word in getattr(settings, name):
+            if word not in known:
+                flag = name.replace("_", "-")
+                return f"--{flag} must be of {', '.join(known)}, got {word}"
+    for needed in ("alone", "distilled"):
+        if needed not in settings.arms:
+            return f"--arms must have {needed}: the report compares with it"
+    if not settings.teachers:
+        return "--teachers must name one, e.g. own"
+    if settings.teacher_rows and not settings.ssl_steps:
+        return "--teacher-rows compares teachers with and without --ssl-steps: give these"
     manifests = (settings.transcribed, settings.untranscribed, settings.test)
     if any((*manifests, settings.dev)) and not all(manifests):
         return "own data needs --transcribed, --untranscribed and --test together"
     return None
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What is allowed, and probably a mistake."""
+    dropped = settings.frames in ("nonblank", "threshold")
+    bare = [name for name in settings.arms if ARMS[name].only_distilled]
+    if dropped and (bare or not settings.ctc_weight):
+        whom = ", ".join(bare) if settings.ctc_weight else "every distilled student"
+        return [
+            f"--frames {settings.frames} drops blank frames and there is no CTC term to teach "
+            f"blank ({whom}): the student will insert words; use --frames all or neighbours"
+        ]
+    return []
+
+
+def save(settings: Settings, path: Path) -> None:
+    """The resolved settings as a file that --config reads."""
+    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+
+
+def with_seed(settings: Settings, seed: int) -> Settings:
+    """The settings of one of several seeds: a folder of its own, the caches shared."""
+    out = Path(settings.out)
+    cache = settings.cache or str(out / "cache")
+    return replace(settings, seed=seed, seeds=1, out=str(out / f"seed-{seed}"), cache=cache)

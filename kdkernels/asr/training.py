@@ -1,16 +1,23 @@
-"""One loop for teacher and students; evaluation on the way."""
+"""One loop for every training, which goes on where it was; evaluation on the way.
 
+All randomness is a function of the step, so a checkpoint is model, optimizer and step, and a
+training that was killed ends with the same bits as one that was not.
+"""
+
+import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import decode, features
+from . import decode, files, processes
 from .batches import Batch
-from .data import Alphabet, Corpora, Dataset
+from .data import Alphabet, Dataset
 from .files import TrainError
 from .model import Encoder
 from .settings import Settings
@@ -41,11 +48,12 @@ def machine(settings: Settings) -> Machine:
 
 
 class Point(NamedTuple):
-    """One point of a dev curve."""
+    """One point of a curve."""
 
     step: int
     seconds: float  # of training, evaluation not counted
-    wer: float
+    wer: float  # on dev, percent; of the self-supervised stage, hidden frames guessed wrong
+    loss: float  # mean over the steps since the point before
 
 
 def transcribe(model: Encoder, data: Dataset, alphabet: Alphabet, on: Machine) -> list[str]:
@@ -71,17 +79,64 @@ def run(model: Encoder, data: Dataset, on: Machine, batch_size: int = 32):
             yield chosen, *model(padded.to(on.device), lengths.to(on.device))
 
 
+class Checkpoints:
+    """OUT/checkpoints/NAME: the newest ones and the best, each written whole or not at all."""
+
+    def __init__(self, folder: Path, key: str, keep: int):
+        self.folder, self.key, self.keep = folder, key, keep
+
+    def save(self, model: Encoder, optimizer, facts: dict) -> None:
+        state = {f"model.{name}": value for name, value in model.state_dict().items()}
+        for i, values in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
+        name = f"step-{facts['step']:08}.safetensors"
+        files.save_tensors(self.folder / name, state, self.key, **facts)
+        for path in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
+            path.unlink()
+
+    def save_best(self, model: Encoder, facts: dict) -> None:
+        files.save_tensors(self.folder / "best.safetensors", model.state_dict(), self.key, **facts)
+
+    def load(self, model: Encoder, optimizer) -> dict | None:
+        """The facts of the newest checkpoint that is whole; None without one."""
+        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
+            found = files.load_tensors(path, self.key, "the checkpoint before it is used")
+            if found is None:
+                continue
+            state: dict[int, dict[str, Tensor]] = {}
+            weights = {}
+            for name, value in found[0].items():
+                kind, _, rest = name.partition(".")
+                if kind == "model":
+                    weights[rest] = value
+                else:
+                    i, _, rest = rest.partition(".")
+                    state.setdefault(int(i), {})[rest] = value
+            model.load_state_dict(weights)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            return found[1]
+        return None
+
+
 def fit(
     model: Encoder,
-    batch_at: Callable[[int], Batch],
-    loss_of: Callable[[Tensor, Tensor, Batch], Tensor],
+    sampler: Callable[[int], list[Batch]],
+    loss_of: Callable[[Tensor, Tensor, Batch, float], Tensor],
+    augment: Callable[[Batch, int], Batch],
+    score: Callable[[Encoder], float],
     steps: int,
-    corpora: Corpora,
     settings: Settings,
     on: Machine,
+    checkpoints: Checkpoints,
+    metrics: "Metrics",
     bar,
 ) -> list[Point]:
-    """Train `model` in place; `loss_of(logits, lengths, batch)`. Returns the dev curve."""
+    """Train `model` in place, from its newest checkpoint. Returns the curve.
+
+    `sampler(step)` gives the pieces of a step, `augment(batch, step)` hides some of its input,
+    `loss_of(logits, lengths, batch, progress)` is minimised, `score(model)` evaluates.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 10)
 
@@ -89,29 +144,82 @@ def fit(
         decay = (step - warm_up) / max(1, steps - warm_up)
         return (step + 1) / warm_up if step < warm_up else 0.5 + 0.5 * math.cos(math.pi * decay)
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = torch.Generator()
-    curve: list[Point] = []
-    seconds = 0.0
-    for step in range(steps):
+    facts = checkpoints.load(model, optimizer) or {"step": 0, "seconds": 0.0, "sum": 0.0}
+    curve = [Point(*point) for point in facts.get("curve", [])]
+    first, seconds, total = facts["step"], facts["seconds"], facts["sum"]
+    several = processes.world() > 1
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if several else model
+    leads = processes.rank() == 0
+    if leads:
+        metrics.write(curve)
+    bar.update(first)
+    for step in range(first, steps):
         start = time.perf_counter()
         model.train()
-        batch = batch_at(step)
-        generator.manual_seed(settings.seed * 1_000_003 + step)
-        hidden = features.spec_augment(batch.features, generator)
-        batch = batch._replace(features=hidden).to(on.device)
-        with on.autocast():
-            logits, lengths = model(batch.features, batch.lengths)
-        loss_of(logits, lengths, batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate(step)
+        pieces, loss_here = sampler(step), 0.0
+        for number, batch in enumerate(pieces, 1):
+            batch = augment(batch, step).to(on.device)
+            wait = several and number < len(pieces)
+            with wrapped.no_sync() if wait else nullcontext():
+                with on.autocast():
+                    logits, lengths = wrapped(batch.features, batch.lengths)
+                loss = loss_of(logits, lengths, batch, step / steps)
+                loss.backward()
+            loss_here += loss.item()
+        total += processes.mean(loss_here)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
         seconds += time.perf_counter() - start
-        if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
-            texts = transcribe(model, corpora.dev, corpora.alphabet, on)
-            errors = decode.word_errors(corpora.dev.texts, texts)
-            curve.append(Point(step + 1, seconds, errors.percent()))
-            bar.set_postfix_str(f"dev WER {errors.percent():.1f}")
+        done = step + 1
+        evaluated = done % settings.eval_every == 0 or done == steps
+        if evaluated:
+            before = curve[-1].step if curve else 0
+            wer = processes.from_first(lambda: score(model))
+            curve.append(Point(done, seconds, wer, total / (done - before)))
+            total = 0.0
+            bar.set_postfix_str(f"dev WER {wer:.1f}")
+        if leads and evaluated:
+            metrics.write(curve)
+        if leads and (done % settings.checkpoint_every == 0 or done == steps):
+            facts = {"step": done, "seconds": seconds, "sum": total, "curve": curve}
+            checkpoints.save(model, optimizer, facts)
+        if leads and evaluated and curve[-1].wer == min(point.wer for point in curve):
+            checkpoints.save_best(model, {"step": done, "wer": curve[-1].wer})
         bar.update()
     return curve
+
+
+class Metrics:
+    """OUT/NAME.jsonl, a line for each point of the curve; OUT/tensorboard on request."""
+
+    def __init__(self, out: Path, name: str, key: str, tensorboard: bool):
+        self.path, self.key, self._shown = out / f"{name}.jsonl", key, 0
+        self._board = None
+        if tensorboard and processes.rank() == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise TrainError("--tensorboard needs it: pip install tensorboard") from error
+            self._board = SummaryWriter(str(out / "tensorboard" / name))
+
+    def write(self, curve: list[Point]) -> None:
+        lines = [json.dumps({**point._asdict(), "key": self.key}) + "\n" for point in curve]
+        files.write_bytes(self.path, "".join(lines).encode())
+        for point in curve[self._shown :] if self._board else ():
+            for name in ("wer", "loss"):
+                self._board.add_scalar(name, getattr(point, name), point.step)
+            self._board.flush()
+        self._shown = len(curve)
+
+    def read(self, steps: int) -> list[Point] | None:
+        """The curve of a training that ended after `steps`; None unless all of it is there."""
+        try:
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            curve = [Point(*(row[name] for name in Point._fields)) for row in rows]
+            whole = {row["key"] for row in rows} == {self.key} and curve[-1].step == steps
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+        return curve if whole else None

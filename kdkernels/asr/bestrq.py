@@ -1,0 +1,53 @@
+"""The self-supervised stage: BEST-RQ (Chiu et al. 2022), masked prediction of random codes.
+
+A random projection and a random codebook, never trained, turn each stacked frame into a code; spans
+of the input are replaced by noise, and the encoder predicts the codes of what it does not see.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batches import Batch
+from .features import MELS
+from .model import STACK
+
+CODES, DIMENSION = 512, 16
+START, SPAN = 0.05, 8  # chance that a span begins at a frame of logits, its length in those frames
+
+
+class Quantiser:
+    """Stacked features -> codes, a function of the seed."""
+
+    def __init__(self, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        size = STACK * MELS
+        self._projection = torch.randn(size, DIMENSION, generator=generator) / size**0.5
+        codebook = torch.randn(CODES, DIMENSION, generator=generator)
+        self._codebook = F.normalize(codebook, dim=-1)
+
+    def __call__(self, stacked: Tensor) -> Tensor:
+        """[..., STACK * MELS] -> codes [...]: of the nearest direction."""
+        return (F.normalize(stacked @ self._projection, dim=-1) @ self._codebook.T).argmax(-1)
+
+
+def mask(batch: Batch, quantiser: Quantiser, seed: int) -> Batch:
+    """Features with spans of noise; targets [N, T] the codes there, -1 elsewhere.
+
+    What is hidden depends on the seed and on an utterance's position in the step alone.
+    """
+    features = batch.features.clone()
+    N, frames, _ = features.shape
+    T = frames // STACK
+    stacked = features[:, : T * STACK].view(N, T, STACK * MELS)  # of the same memory
+    codes = quantiser(stacked)
+    targets = torch.full((N, T), -1)
+    for n in range(N):
+        length = int(batch.lengths[n]) // STACK
+        generator = torch.Generator().manual_seed(seed + int(batch.ids[n]))
+        begins = (torch.rand(length, generator=generator) < START).float()
+        hidden = F.max_pool1d(F.pad(begins, (SPAN - 1, 0))[None], SPAN, stride=1)[0] > 0
+        noise = 0.1 * torch.randn(length, STACK * MELS, generator=generator)
+        targets[n, :length] = torch.where(hidden, codes[n, :length], -1)
+        stacked[n, :length] = torch.where(hidden[:, None], noise, stacked[n, :length])
+    return batch._replace(features=features, targets=targets)

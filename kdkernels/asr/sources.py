@@ -1,0 +1,340 @@
+"""Recorded speech: where each utterance lies and what is said in it; checked first.
+
+    read(spec, ...)   -> lists of lines, shard by shard
+    manifest          JSON lines as NeMo writes them
+    kaldi             wav.scp, text, segments
+    table             what has rows: a Hugging Face dataset on disk, a torchaudio dataset
+
+Every line that cannot be used is reported with its place; it is left out only when asked for.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import audio
+from .files import TrainError
+
+SHARD = 250
+SHOWN = 20  # of the bad lines
+
+
+def normalise(text: str) -> str:
+    """Lower case; letters, digits and apostrophes; one space between words."""
+    return " ".join(re.sub(r"[^\w']|_", " ", text.lower()).split())
+
+
+class Line(NamedTuple):
+    """One utterance: of a file, from start to stop in seconds; or row `row` of a table."""
+
+    path: str  # of the audio, or the table's spec
+    text: str
+    start: float = 0.0
+    stop: float | None = None
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Up to SHARD lines: what one shard of features is made of."""
+
+    lines: tuple[Line, ...]
+
+    def key(self) -> list:
+        def stamp(line: Line):
+            if line.row is not None:
+                return open_table(line.path).key
+            stat = Path(line.path).stat()
+            return stat.st_size, stat.st_mtime_ns
+
+        return [[tuple(line) for line in self.lines], [stamp(line) for line in self.lines]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def utterances(self) -> Iterator[tuple[np.ndarray, str]]:
+        """Yields (samples int16 [samples] at 16 kHz, text)."""
+        for line in self.lines:
+            if line.row is None:
+                samples = audio.read(Path(line.path), line.start, line.stop)
+            else:
+                samples = audio.mono(*open_table(line.path).audio(line.row))
+            yield samples, line.text
+
+
+class BadLineError(Exception):
+    """A line that cannot be used; says where and why."""
+
+
+def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Recorded], int]:
+    """(shards, lines left out) of a data set. `transcripts`: whether its text is needed.
+
+    Raises TrainError, naming every bad line, unless `skip_bad`: then they are named on stderr.
+    """
+    path = Path(spec)
+    if spec.startswith("torchaudio:") or _is_hugging_face(path):
+        lines = _table(spec, transcripts)
+    elif path.is_dir():
+        lines = _kaldi(path, transcripts)
+    else:
+        lines = _manifest(path, transcripts)
+    good, bad = [], []
+    for line in lines:
+        try:
+            good.append(line())
+        except BadLineError as error:
+            bad.append(str(error))
+    if bad:
+        more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        listed = "\n  ".join([*bad[:SHOWN], *more])
+        count = f"{len(bad)} of {len(good) + len(bad)} lines of {spec} cannot be used"
+        if not skip_bad:
+            raise TrainError(f"{count}; mend them, or leave them out with --skip-bad:\n  {listed}")
+        print(f"warning: {count} and are left out:\n  {listed}", file=sys.stderr)
+    if not good:
+        raise TrainError(f"{spec} has no utterance that can be used; write one per line")
+    return [Recorded(tuple(good[i : i + SHARD])) for i in range(0, len(good), SHARD)], len(bad)
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """(place, line) of a text file, empty lines left out."""
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainError(f"cannot read {path}: {error}") from error
+    return [(f"{path}, line {number}", row) for number, row in enumerate(rows, 1) if row.strip()]
+
+
+def _text(where: str, text, transcripts: bool) -> str:
+    if not transcripts:
+        return ""
+    if not isinstance(text, str):
+        raise BadLineError(f"{where}: `text` is no text but {text!r}")
+    if not normalise(text):
+        raise BadLineError(
+            f"{where}: `text` has no word; transcribe the utterance or drop the line"
+        )
+    return normalise(text)
+
+
+# ---- formats: each yields functions that make one line or raise Bad ------------------------------
+
+
+def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
+    example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
+
+    def line(where: str, row: str) -> Line:
+        try:
+            entry = json.loads(row)
+            filepath = entry["audio_filepath"]
+            text = entry["text"] if transcripts else ""
+            numbers = (entry.get("duration"), entry.get("offset"))
+            duration, offset = (None if x is None else float(x) for x in numbers)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise BadLineError(f"{where}: {reason}; expected e.g. {example}") from error
+        if not isinstance(filepath, str):
+            raise BadLineError(f"{where}: `audio_filepath` is no text; expected e.g. {example}")
+        text = _text(where, text, transcripts)
+        file = (path.parent / filepath).resolve()
+        start = offset or 0.0
+        if offset is not None and duration is None:
+            raise BadLineError(f"{where}: an `offset` needs a `duration`; expected e.g. {example}")
+        end = None if duration is None else start + duration
+        _check(file, end, where)
+        return Line(str(file), text, start, None if offset is None else end)
+
+    for where, row in _rows(path):
+        yield lambda where=where, row=row: line(where, row)
+
+
+def _check(file: Path, end: float | None, where: str) -> None:
+    try:
+        audio.check(file, end, where)
+    except TrainError as error:
+        raise BadLineError(str(error)) from error
+
+
+def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
+    if not (folder / "wav.scp").is_file():
+        raise TrainError(
+            f"{folder} has no wav.scp: expected a Kaldi folder, a folder that "
+            "datasets.save_to_disk wrote, or a file of JSON lines"
+        )
+
+    def entries(name: str) -> dict[str, tuple[str, str]]:
+        split = [(where, *row.split(maxsplit=1), "") for where, row in _rows(folder / name)]
+        return {key: (where, rest.strip()) for where, key, rest, *_ in split}
+
+    recordings = entries("wav.scp")
+    texts = entries("text") if transcripts else {}
+    segments = entries("segments") if (folder / "segments").exists() else None
+
+    def line(key: str, where: str, row: str) -> Line:
+        start, stop = 0.0, None
+        recording = key
+        if segments is not None:
+            try:
+                recording, first, last = row.split()
+                start, stop = float(first), float(last)
+            except ValueError as error:
+                raise BadLineError(f"{where}: expected `utterance recording start end`") from error
+            if not 0 <= start < stop:
+                raise BadLineError(f"{where}: the segment ends before it begins")
+        if recording not in recordings:
+            raise BadLineError(f"{where}: wav.scp has no recording {recording}")
+        path = recordings[recording][1]
+        if not path or path.endswith("|"):
+            raise BadLineError(f"{recordings[recording][0]}: no file but a command; write a path")
+        if transcripts and key not in texts:
+            raise BadLineError(f"{where}: {folder / 'text'} has no line {key}")
+        text = _text(*texts[key], transcripts) if transcripts else ""
+        file = Path(path) if Path(path).exists() else folder / path
+        _check(file, stop, where)
+        return Line(str(file.resolve()), text, start, stop)
+
+    for key, (where, row) in (recordings if segments is None else segments).items():
+        yield lambda key=key, where=where, row=row: line(key, where, row)
+
+
+def _table(spec: str, transcripts: bool) -> Iterator[Callable[[], Line]]:
+    table = open_table(spec)
+
+    def line(row: int) -> Line:
+        where = f"{spec}, row {row}"
+        try:
+            text = table.text(row) if transcripts else ""
+            table.check(row)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise BadLineError(f"{where}: {error}") from error
+        return Line(spec, _text(where, text, transcripts), row=row)
+
+    for row in range(len(table)):
+        yield lambda row=row: line(row)
+
+
+# ---- tables: len, text(row), audio(row) -> (float [samples, channels], rate), check(row), key ----
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+@cache
+def open_table(spec: str):
+    return Torchaudio(spec) if spec.startswith("torchaudio:") else HuggingFace(Path(spec))
+
+
+class HuggingFace:
+    """A dataset that `datasets.Dataset.save_to_disk` wrote."""
+
+    def __init__(self, folder: Path):
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise TrainError(
+                f"{folder} is a Hugging Face dataset: pip install datasets, or write a manifest"
+            ) from error
+        if (folder / "dataset_dict.json").is_file():
+            raise TrainError(f"{folder} holds several splits: name one, e.g. {folder / 'train'}")
+        try:
+            data = datasets.load_from_disk(str(folder))
+        except Exception as error:  # whatever pyarrow finds wrong with it
+            raise TrainError(f"cannot read the dataset {folder}: {error}") from error
+        if "audio" not in data.column_names:
+            raise TrainError(f"{folder} has no column `audio`, only {data.column_names}")
+        if isinstance(data.features["audio"], datasets.Audio):
+            data = data.cast_column("audio", datasets.Audio(decode=False))
+        self._data = data
+        self._words = next((c for c in ("text", "sentence") if c in data.column_names), None)
+        state = (folder / "state.json").stat()
+        self.key = [state.st_size, state.st_mtime_ns]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def text(self, row: int) -> str:
+        if self._words is None:
+            raise KeyError(f"no column `text`, only {self._data.column_names}")
+        return self._data[self._words][row]
+
+    def _file(self, row: int):
+        item = self._data["audio"][row]
+        if not item or not (item.get("bytes") or item.get("path")):
+            raise ValueError("`audio` is empty")
+        return io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
+
+    def check(self, row: int) -> None:
+        item = self._data["audio"][row]
+        if item and item.get("array") is not None:
+            return
+        audio.header(self._file(row))
+
+    def audio(self, row: int) -> tuple[np.ndarray, int]:
+        item = self._data["audio"][row]
+        if item and item.get("array") is not None:
+            return np.asarray(item["array"], np.float32).reshape(-1, 1), item["sampling_rate"]
+        return audio.decode(self._file(row))
+
+
+class Torchaudio:
+    """A dataset with torchaudio's items, (waveform [channels, samples], rate, transcript, ...).
+
+    CLASS of `torchaudio.datasets`, or any importable `package.module.Class` that is called and
+    read the same way. Where it has `get_metadata`, the file is read here: torchaudio's own
+    reader needs torchcodec.
+    """
+
+    def __init__(self, spec: str):
+        _, name, *arguments = spec.split(":")
+        module, _, cls = name.rpartition(".")
+        try:
+            made = getattr(import_module(module or "torchaudio.datasets"), cls)
+            self._data = made(*arguments)
+        except (ImportError, OSError) as error:  # OSError: a wheel made for CUDA beside a CPU torch
+            raise TrainError(
+                f"{spec}: torchaudio cannot be used here ({str(error).splitlines()[0]}); install "
+                "the torchaudio that fits this torch, or write a manifest"
+            ) from error
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+            raise TrainError(f"{spec}: {error}") from error
+        self._folders = [Path(arguments[0])] if arguments else []
+        for attribute in ("_archive", "_path"):
+            if hasattr(self._data, attribute):
+                self._folders.insert(0, Path(getattr(self._data, attribute)))
+        self._named = hasattr(self._data, "get_metadata")
+        self.key = [spec, len(self._data)]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def _item(self, row: int) -> tuple:
+        return self._data.get_metadata(row) if self._named else self._data[row]
+
+    def text(self, row: int) -> str:
+        said = self._item(row)[2]
+        return said.get("sentence", "") if isinstance(said, dict) else said
+
+    def _file(self, row: int) -> Path:
+        name = self._item(row)[0]
+        places = [folder / name for folder in self._folders]
+        return next((place for place in places if place.exists()), Path(name))
+
+    def check(self, row: int) -> None:
+        if self._named:
+            audio.header(self._file(row))
+
+    def audio(self, row: int) -> tuple[np.ndarray, int]:
+        if self._named:
+            return audio.decode(self._file(row))
+        waveform, rate = self._item(row)[:2]
+        return np.asarray(waveform, np.float32).T, rate

@@ -1,0 +1,172 @@
+"""Killed and started again, a full disk, a broken checkpoint, two processes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import TINY
+
+from kdkernels import train
+from kdkernels.asr import files, settings
+
+STUDENT = "student_distilled.safetensors"
+ARMS = '--arms=["alone","distilled"]'
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert train.main([*TINY, ARMS, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path):
+    command = [sys.executable, "-m", "kdkernels.train", *TINY, ARMS, "--out", str(tmp_path)]
+    for awaited in (
+        "cache/features-*",
+        "checkpoints/teacher/step-00000002.*",
+        "checkpoints/student_distilled/step-00000001.*",
+    ):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(tmp_path.glob(awaited)) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (tmp_path / ".report.json.999999999.tmp").write_text("half")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def again(out, capsys, *arguments):
+    capsys.readouterr()
+    code = train.main([*TINY, ARMS, "--out", str(out), *arguments])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_of_broken_checkpoints_the_one_before_is_used(out, capsys, broken):
+    good = (out / STUDENT).read_bytes()
+    (out / STUDENT).unlink()
+    newest = sorted((out / "checkpoints" / "student_distilled").glob("step-*"))[-broken:]
+    for path in newest:
+        path.write_bytes(path.read_bytes()[:1000])
+    code, said = again(out, capsys)
+    assert code == 0
+    assert said.count("cannot be read") == broken
+    assert said.count("the checkpoint before it is used") == broken
+    assert f"{newest[0]} " in said
+    assert (out / STUDENT).read_bytes() == good
+
+
+def test_a_few_checkpoints_are_kept_and_the_best(out):
+    names = sorted(path.name for path in (out / "checkpoints" / "student_alone").iterdir())
+    assert names == ["best.safetensors", "step-00000003.safetensors", "step-00000004.safetensors"]
+
+
+def test_a_full_disk_is_told_and_costs_nothing(out, tmp_path, capsys, monkeypatch):
+    written = []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = ("--cache", str(out / "cache"))
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "fsync", fsync)
+        code, said = again(tmp_path, capsys, *cache)
+    assert code == 2
+    assert said.startswith("error: cannot write ")
+    assert "No space left on device; mend that and run the same command again" in said
+    assert again(tmp_path, capsys, *cache)[0] == 0
+    assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
+
+
+def test_metrics_have_a_line_for_each_point(out):
+    rows = [json.loads(line) for line in (out / "student_alone.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(row["loss"] > 0 for row in rows)
+
+
+def test_the_resolved_settings_can_be_given_back(out):
+    parsed = settings.parse(["--config", str(out / "settings.yaml")])
+    assert parsed == settings.parse([*TINY, ARMS, "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", "teacher_steps = 7\nseed = 3\n"), ("a.yaml", "teacher_steps: 7\nseed: 3\n")],
+)
+def test_a_settings_file_and_the_command_line_over_it(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    given = ["--preset=quick", f"--config={tmp_path / name}", "--seed=4", "--skip-bad"]
+    parsed = settings.parse(given)
+    assert parsed.skip_bad
+    assert (parsed.teacher_steps, parsed.seed) == (7, 4)
+    assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("tcher_steps = 7", "tcher_steps"), ("seed = 'x'", "seed")]
+)
+def test_a_settings_file_with_a_mistake(tmp_path, text, message, capsys):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        settings.parse(["--config", str(tmp_path / "a.toml")])
+    assert message in capsys.readouterr().err
+
+
+def test_two_seeds_make_one_report(out, tmp_path, capsys):
+    cache = ("--cache", str(out / "cache"))
+    assert again(tmp_path, capsys, *cache, "--seeds=2")[0] == 0
+    together = json.loads((tmp_path / "report.json").read_text())
+    each = [json.loads((tmp_path / f"seed-{s}" / "report.json").read_text()) for s in (0, 1)]
+    for name in ("teacher", "student_alone", "student_distilled"):
+        mean = sum(r["wer"][name] for r in each) / 2
+        assert together["wer"][name] == pytest.approx(mean)
+        low, high = together["wer_interval"][name]
+        assert low <= mean <= high
+    assert "Means over seeds 0, 1" in (tmp_path / "report.md").read_text()
+
+
+def test_two_processes_do_what_one_does(out, tmp_path):
+    """gloo; each computes half of every batch. And one that computes it in three pieces."""
+    own = [*TINY, ARMS, "--precision=fp32", "--cache", str(out / "cache"), "--out"]
+    one, two, three = (tmp_path / x for x in ("one", "two", "three"))
+    assert train.main([*own, str(one)]) == 0
+    assert train.main([*own, str(three), "--accumulate=3"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "kdkernels.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *own, str(two)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("# Distillation report") == 1
+    for name in ("teacher", "student_alone", "student_distilled"):
+        models = [load_file(folder / f"{name}.safetensors") for folder in (one, two, three)]
+        for other in models[1:]:
+            for key, expected in models[0].items():
+                torch.testing.assert_close(other[key], expected, rtol=1e-5, atol=2e-6)
+    curves = [json.loads((x / "report.json").read_text())["curves"] for x in (one, two, three)]
+    for name, curve in curves[0].items():
+        for other in curves[1:]:
+            for a, b in zip(curve, other[name], strict=True):
+                assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_tensorboard_that_is_missing_is_said(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, said = again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard")
+    assert code == 2
+    assert "pip install tensorboard" in said

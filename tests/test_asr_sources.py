@@ -1,0 +1,202 @@
+"""Manifests, Kaldi folders, Hugging Face and torchaudio datasets; every bad line named."""
+
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+
+from kdkernels.asr import data, sources
+from kdkernels.asr.files import TrainError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Half a second of a rising ramp at three rates, one of them stereo."""
+    for name, rate, channels in (("a.wav", 16000, 1), ("b.flac", 44100, 2), ("c.wav", 8000, 1)):
+        ramp = np.linspace(0, 0.5, rate // 2)[:, None].repeat(channels, 1)
+        soundfile.write(tmp_path / name, ramp, rate)
+    return tmp_path
+
+
+def heard(shards):
+    """[(text, samples)] of all shards, in order."""
+    return [(text, samples) for shard in shards for samples, text in shard.utterances()]
+
+
+def check(shards, texts=("one", "two", "three")):
+    utterances = heard(shards)
+    assert [text for text, _ in utterances] == list(texts)
+    for _, samples in utterances:
+        assert samples.dtype == np.int16
+        assert len(samples) == 8000
+        assert samples[6000] == pytest.approx(0.375 * 32767, rel=0.02)
+
+
+def test_a_manifest_and_its_offsets(folder):
+    entries = [
+        {"audio_filepath": "a.wav", "text": "One.", "duration": 0.5},
+        {"audio_filepath": str(folder / "b.flac"), "text": "two"},
+        {"audio_filepath": "c.wav", "text": "three", "duration": None},
+        {"audio_filepath": "a.wav", "text": "four", "offset": 0.25, "duration": 0.125},
+    ]
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)) + "\n\n")
+    (shard,), skipped = sources.read(str(path), True)
+    assert skipped == 0
+    check([sources.Recorded(shard.lines[:3])])
+    ((text, samples),) = heard([sources.Recorded(shard.lines[3:])])
+    assert (text, len(samples)) == ("four", 2000)
+    assert samples[0] == pytest.approx(0.25 * 32767, rel=0.02)
+
+
+def test_a_kaldi_folder(folder):
+    (folder / "wav.scp").write_text(f"u1 a.wav\nu2 {folder / 'b.flac'}\nu3 c.wav\n")
+    (folder / "text").write_text("u2 TWO\nu1 One\nu3 three\n")
+    check(sources.read(str(folder), True)[0])
+    check(sources.read(str(folder), False)[0], ("", "", ""))
+    (folder / "segments").write_text("s1 u1 0.0 0.25\ns2 u1 0.25 0.5\n")
+    (folder / "text").write_text("s1 first half\ns2 second half\n")
+    utterances = heard(sources.read(str(folder), True)[0])
+    assert [(text, len(samples)) for text, samples in utterances] == [
+        ("first half", 4000), ("second half", 4000)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("wav.scp", "u1 a.wav\nu2 gone.wav\n", "wav.scp, line 2: there is no file"),
+        ("wav.scp", "u1 a.wav\nu2 sox b.flac |\n", "wav.scp, line 2: no file but a command"),
+        ("wav.scp", "u1 a.wav\nu2\n", "wav.scp, line 2: no file but a command"),
+        ("text", "u1 one\n", "wav.scp, line 2: .*text has no line u2"),
+        ("text", "u1 one\nu2 ...\n", "text, line 2: `text` has no word"),
+        ("segments", "u1 u1 0 0.2\nu2 u2 0\n", "segments, line 2: expected `utterance recording"),
+        ("segments", "u1 u1 0 0.2\nu2 u9 0 0.2\n", "segments, line 2: wav.scp has no recording u9"),
+        ("segments", "u1 u1 0 0.2\nu2 u2 0.3 0.2\n", "segments, line 2: the segment ends before"),
+        ("segments", "u1 u1 0 0.2\nu2 u2 0 9\n", "segments, line 2: .*b.flac is truncated"),
+    ],
+)
+def test_a_bad_line_of_a_kaldi_folder(folder, capsys, name, text, message):
+    (folder / "wav.scp").write_text("u1 a.wav\nu2 b.flac\n")
+    (folder / "text").write_text("u1 one\nu2 two\n")
+    (folder / name).write_text(text)
+    with pytest.raises(TrainError, match=f"1 of 2 lines of (.|\n)*{message}"):
+        sources.read(str(folder), True)
+    shards, skipped = sources.read(str(folder), True, skip_bad=True)
+    assert skipped == 1
+    assert len(shards[0]) == 1
+    assert "warning: 1 of 2 lines" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_data_set(tmp_path):
+    with pytest.raises(TrainError, match=r"has no wav\.scp: expected a Kaldi folder"):
+        sources.read(str(tmp_path), True)
+
+
+def test_nothing_left_is_an_error(folder):
+    (folder / "m.jsonl").write_text("{}\n" * 30)
+    with pytest.raises(TrainError, match=r"30 of 30 lines(.|\n)*and 10 more"):
+        sources.read(str(folder / "m.jsonl"), True)
+    with pytest.raises(TrainError, match="no utterance that can be used"):
+        sources.read(str(folder / "m.jsonl"), True, skip_bad=True)
+
+
+def hugging_face(folder, **columns):
+    rows = datasets.Dataset.from_dict(columns)
+    rows.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(str(folder / "hf"))
+    return str(folder / "hf")
+
+
+def test_a_hugging_face_dataset(folder):
+    items = [
+        {"bytes": (folder / "a.wav").read_bytes(), "path": None},
+        {"bytes": None, "path": str(folder / "b.flac")},
+        {"bytes": (folder / "c.wav").read_bytes(), "path": "c.wav"},
+    ]
+    spec = hugging_face(folder, audio=items, sentence=["One", "two!", "three"])
+    shards, _ = sources.read(spec, True)
+    check(shards)
+    assert len(data.load(shards, folder / "cache", 1, lambda n: None)) == 3
+
+
+def test_a_bad_row_of_a_hugging_face_dataset(folder):
+    items = [
+        {"bytes": b"no audio", "path": None},
+        {"bytes": None, "path": str(folder / "a.wav")},
+    ]
+    spec = hugging_face(folder, audio=items, text=["one", None])
+    with pytest.raises(TrainError) as error:
+        sources.read(spec, True)
+    for row in range(2):
+        assert f"{spec}, row {row}: " in str(error.value)
+    assert len(sources.read(spec, False, skip_bad=True)[0][0]) == 1
+
+
+def test_a_hugging_face_dataset_that_cannot_be_used(folder):
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [1]})}).save_to_disk(
+        str(folder / "several")
+    )
+    with pytest.raises(TrainError, match="several splits: name one"):
+        sources.read(str(folder / "several"), True)
+    with pytest.raises(TrainError, match="has no column `audio`"):
+        sources.read(str(folder / "several" / "train"), True)
+
+
+TORCHAUDIO = """
+import soundfile, torch
+class Named:  # as torchaudio.datasets.LIBRISPEECH
+    def __init__(self, root, url="all"):
+        self._archive = root
+    def __len__(self):
+        return 3
+    def get_metadata(self, n):
+        return ("a.wav", "b.flac", "c.wav")[n], 16000, ("ONE", "TWO", "THREE")[n], 1, 2, 3
+class Items(Named):  # as torchaudio.datasets.LJSPEECH
+    get_metadata = property()
+    def __getitem__(self, n):
+        name, _, text, *_ = Named.get_metadata(self, n)
+        samples, rate = soundfile.read(f"{self._archive}/{name}", always_2d=True)
+        return torch.from_numpy(samples.T), rate, text
+"""
+
+
+@pytest.mark.parametrize("name", ["Named", "Items"])
+def test_a_torchaudio_dataset(folder, monkeypatch, name):
+    (folder / "corpora.py").write_text(TORCHAUDIO)
+    monkeypatch.syspath_prepend(str(folder))
+    sources.open_table.cache_clear()
+    spec = f"torchaudio:corpora.{name}:{folder}"
+    check(sources.read(spec, True)[0])
+    (folder / "b.flac").unlink()
+    sources.open_table.cache_clear()
+    with pytest.raises(TrainError, match="row 1: "):
+        sources.read(spec, True)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_torchaudio_that_is_missing_or_does_not_load(tmp_path, monkeypatch, broken):
+    if broken:  # a wheel made for CUDA, beside a torch for CPUs
+        monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
+        (tmp_path / "torchaudio").mkdir()
+        (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('libc10_cuda.so')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+    else:
+        monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(TrainError, match="torchaudio cannot be used here"):
+        sources.read(f"torchaudio:LIBRISPEECH:{tmp_path}", True)
+
+
+def test_noise_is_added_at_the_ratio_asked_for_and_is_the_same_again(folder):
+    (folder / "m.jsonl").write_text(json.dumps({"audio_filepath": "a.wav", "text": "one"}))
+    (clean,), _ = sources.read(str(folder / "m.jsonl"), True)
+    noisy = data.Noisy(clean, 20.0, 0)
+    (((text, a),), ((_, b),), ((_, speech),)) = map(heard, ([noisy], [noisy], [clean]))
+    assert text == "one"
+    assert np.array_equal(a, b)
+    noise = a.astype(float) - speech
+    ratio = 10 * np.log10((speech.astype(float) ** 2).mean() / (noise**2).mean())
+    assert ratio == pytest.approx(20, abs=0.2)
+    assert noisy.key() != data.Noisy(clean, 10.0, 0).key()

@@ -305,7 +305,7 @@ def main():
     p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     p.add_argument("--row", help="measure only rows whose operator and shape contain this")
     p.add_argument("--rounds", type=int, default=25)
-    p.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    p.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/gpu/gpu.json")
     args = p.parse_args()
     if not torch.cuda.is_available():
         print(table({}))

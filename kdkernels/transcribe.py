@@ -110,7 +110,7 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
         with soundfile.SoundFile(path) as file:
             if not RATES[0] <= file.samplerate <= RATES[1]:
                 raise files.TrainError(f"{path} has {file.samplerate} samples a second")
-            if audio._cut_short(path):
+            if audio.cut_short(path):
                 raise files.TrainError(
                     f"{path} is truncated: its header promises more; "
                     f"`ffmpeg -i {path} whole.wav` mends the header"

@@ -128,23 +128,34 @@ def test_windows_put_together_are_the_stream():
     assert list(recognise.overlapping([], 1, 1)) == []
 
 
-def test_logits_in_windows_are_those_of_one_pass(recogniser):
-    x = torch.randn(1000, features.MELS, generator=torch.Generator().manual_seed(0))
+ENCODERS = pytest.mark.parametrize("sizes", [(16, 4, 6), (16, 4, 6, 4, 2), (16, 5, 6, 7, 1)])
+
+
+@ENCODERS
+def test_logits_in_windows_are_those_of_one_pass(sizes):
+    torch.manual_seed(0)
+    encoder = model.Encoder(*sizes).eval()
+    x = torch.randn(1000, features.MELS)
     with torch.no_grad():
-        whole, _ = recogniser.encoder(x[None], torch.tensor([1000]))
-        for size in (10, 64, 999):
-            pieces = list(recognise.logits(x.split(size), recogniser.encoder))
+        whole, _ = encoder(x[None], torch.tensor([1000]))
+        for size in (10, 64, 800):
+            pieces = list(recognise.logits(x.split(size), encoder))
             assert len(pieces) > 1
             torch.testing.assert_close(torch.cat(pieces), whole[0], atol=1e-4, rtol=1e-4)
 
 
-def test_the_context_is_what_a_frame_depends_on(recogniser):
-    reach = recognise.context(recogniser.encoder)
-    x = torch.randn(1, 300, features.MELS, requires_grad=True)
-    logits, _ = recogniser.encoder(x, torch.tensor([300]))
-    logits[0, 50].sum().backward()
+@ENCODERS
+def test_what_a_frame_depends_on(sizes):
+    torch.manual_seed(0)
+    encoder = model.Encoder(*sizes).double().eval()
+    x = torch.randn(1, 300, features.MELS, dtype=torch.float64, requires_grad=True)
+    logits, _ = encoder(x, torch.tensor([300]))
+    logits[0, 56].sum().backward()
     read = x.grad[0].abs().sum(1).reshape(-1, model.STACK).sum(1).nonzero()[:, 0].tolist()
-    assert (read[0], read[-1]) == (50 - reach, 50 + reach)
+    chunk = 56 // encoder.chunk * encoder.chunk
+    assert chunk - encoder.past <= read[0] < chunk
+    assert encoder.chunk > 1 or read[0] == chunk - encoder.past
+    assert read[-1] == chunk + encoder.chunk - 1 + encoder.future
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000, 44101])

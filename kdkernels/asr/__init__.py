@@ -18,6 +18,9 @@
     processes.py  several processes under torchrun
     measure.py    the cost of the loss: these ops, torch's own
     decode.py     greedy decoding, WER, CER, bootstrap intervals
+    recognise.py  audio of any length, or a stream, to words with times and confidences
+    captions.py   words to WebVTT, SRT and JSON
+    export.py     the student as ONNX
     report.py     report.json and report.md, over several seeds too
     plots.py      the report's pictures
 

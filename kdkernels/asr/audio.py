@@ -35,12 +35,12 @@ def check(path: Path, duration: float | None, where: str) -> float:
             f"{where}: {path} cannot be read as audio ({error}); replace it or remove the line"
         ) from error
     short = duration is not None and seconds < 0.95 * duration - 0.1
-    if not whole or short or _cut_short(path):
+    if not whole or short or cut_short(path):
         raise TrainError(f"{where}: {path} is truncated; replace it or remove the line")
     return seconds
 
 
-def _cut_short(path: Path) -> bool:
+def cut_short(path: Path) -> bool:
     """Whether a RIFF file is shorter than its header says; libsndfile reads it all the same."""
     with open(path, "rb") as file:
         header = file.read(8)

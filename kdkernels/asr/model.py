@@ -72,6 +72,13 @@ class Encoder(nn.Module):
                 self.blocks.append(ChunkAttention(width, chunk, left))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
+        # Frames that a frame of logits reads: `past` before it, in whole chunks; `future` after it,
+        # or after the last of its chunk.
+        self.chunk = chunk or 1
+        past, self.future = (sum(2 * (1 + i % 2) for i in range(layers)) for _ in range(2))
+        if chunk is not None:
+            past, self.future = 2 * past + layers // 2 * ((left + 1) * chunk - 1), 0
+        self.past = -(-past // self.chunk) * self.chunk
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         N, frames, _ = features.shape

@@ -80,22 +80,14 @@ def load(path: Path) -> Recogniser:
         ) from error
 
 
-def context(encoder: nn.Module) -> int:
-    """Frames of logits that one frame reads on either side: the sum over its convolutions."""
-    return sum(
-        (conv.kernel_size[-1] - 1) * conv.dilation[-1] // 2
-        for conv in encoder.modules()
-        if isinstance(conv, nn.Conv1d | nn.Conv2d)
-    )
-
-
 def look_ahead(recogniser: Recogniser) -> float:
     """Seconds of audio after the end of a frame of logits that must be heard before it is known.
 
-    The convolutions' right context, the frames that normalise, half a window of the spectrum.
+    What the encoder reads after a frame, the frames that normalise, half a window of the spectrum.
     """
     window = features.FFT / audio.SAMPLE_RATE
-    frames = context(recogniser.encoder) * STACK + STACK - 1 + AFTER + NEAR + PEAK
+    encoder = recogniser.encoder
+    frames = (encoder.future + encoder.chunk) * STACK - 1 + AFTER + NEAR + PEAK
     return frames / features.FRAMES_PER_SECOND + window / 2
 
 
@@ -172,8 +164,8 @@ def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
     """float32 [frames, MELS] -> float32 [frames // STACK, C]."""
-    reach = context(encoder) * STACK
-    for window, first, count in overlapping(rows, reach, reach, STACK):
+    past, future, unit = (n * STACK for n in (encoder.past, encoder.future, encoder.chunk))
+    for window, first, count in overlapping(rows, past, future, unit):
         scores, _ = encoder(window[None], torch.tensor([len(window)]))
         yield scores[0, first // STACK : (first + count) // STACK]
 

@@ -2,10 +2,10 @@
 // back; they meet in the middle, where the likelihood is known, and then each goes on through the
 // other's half and turns the other's stored rows into occupancies.
 //
-// A state's value is mantissa * 2^exponent, one exponent a state: sums are shifts by whole powers of
-// two, with neither exp nor log, and nothing underflows. States are kept as pairs, split
-// in two arrays: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that
-// each needs one neighbour, the label of the pair before it in its own direction:
+// A state's value is mantissa * 2^exponent, one exponent a state: sums are shifts by whole powers
+// of two, with neither exp nor log, and nothing underflows. States are kept as pairs, split in two
+// arrays: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that each needs
+// one neighbour, the label of the pair before it in its own direction:
 //   x       = blank[k] + label[k -/+ 1]
 //   blank'  = p(blank) x
 //   label'  = p(label) (label[k] + (may skip ? x : blank[k]))

@@ -432,7 +432,7 @@ class Utterance {
   Chain<Float, false> beta_;
   Occupancies<Float> occupancies_[2];  // of alpha and of beta
 
-  double *max_, *rest_, *kd_;  // [T], SoftmaxRow and divergence of each frame
+  double *max_, *rest_, *kd_;                        // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *blank_e_, *label_m_, *label_e_;  // see Lattice
   Int *class_of_, *skip_;
   Float* dense_;              // [T][symbols + 1], dense gradient at each symbol and at blank

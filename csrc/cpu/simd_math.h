@@ -41,7 +41,8 @@ KDKERNELS_INLINE Vec<Float> exponent_of(Vec<Float> x) {
     return (Vec<Float>)_mm512_getexp_pd((__m512d)x);
   }
 #else
-  using S = Simd<Float>;  // a number whose last bits are the biased exponent, less what it is in all
+  using S =
+      Simd<Float>;  // a number whose last bits are the biased exponent, less what it is in all
   const VecInt<Float> bits =
       ((VecInt<Float>)x >> S::kMantissaBits) | (VecInt<Float>)broadcast(S::kRound);
   return (Vec<Float>)bits - (S::kRound + S::kBias);

@@ -1,5 +1,6 @@
 """Every setting of the training program: its default, its help, its presets, its command line."""
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -188,8 +189,16 @@ def _parser(mode: str):
 
 def parse(arguments: list[str] | None = None) -> Settings:
     arguments = sys.argv[1:] if arguments is None else arguments
-    toml = any(a.removeprefix("--config=").endswith(".toml") for a in arguments)
-    parser = _parser("toml" if toml else "yaml")
+    pairs = itertools.pairwise([*arguments, ""])
+    configs = [
+        after if name == "--config" else name.removeprefix("--config=")
+        for name, after in pairs
+        if name == "--config" or name.startswith("--config=")
+    ]
+    parser = _parser("toml" if any(c.endswith(".toml") for c in configs) else "yaml")
+    for config in configs:
+        if not Path(config).is_file():
+            parser.error(f"--config: there is no file {config!r}")
     preset = parser.parse_args(arguments).preset
     parser.set_defaults(PRESETS[preset])
     given = vars(parser.parse_args(arguments))

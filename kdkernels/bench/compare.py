@@ -1,7 +1,6 @@
 """Did a change make a row slower? Two commits in alternating runs, for maintainers.
 
-    python -m kdkernels.bench.compare main HEAD                  # wall time
-    python -m kdkernels.bench.compare main HEAD --instructions   # counted by valgrind, no noise
+    python -m kdkernels.bench.compare main HEAD
 
 Both commits are built into folders of their own and measured by the benchmark of this checkout. The
 old commit runs in two processes: what these differ by is the noise. Run it from the repository.
@@ -10,7 +9,6 @@ old commit runs in two processes: what these differ by is the noise. Run it from
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +21,6 @@ from .shapes import OPS, select
 
 HERE = Path(__file__).parent
 LEAST = 0.02  # a row that moved by less than this is not reported, however quiet the machine
-SMALL = 2**18  # elements of a logit tensor; valgrind runs fifty times slower
 
 
 # ---------------------------------------------------------------- builds
@@ -42,7 +39,7 @@ def build(commit: str, folder: Path, pip_options: list[str]) -> Path:
     ).stdout
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    options = ["-C", "cmake.define.KDKERNELS_CUDA=OFF", "-C", "install.strip=false"]
+    options = ["-C", "cmake.define.KDKERNELS_CUDA=OFF"]
     subprocess.run([*command, str(target), *options, *pip_options, str(source)], check=True)
     bench = target / "kdkernels" / "bench"
     shutil.rmtree(bench, ignore_errors=True)
@@ -144,48 +141,6 @@ def verdict(times: dict[str, list[float]]) -> dict:
     return {"ratio": median(against), "low": low, "high": high, "noise": noise, "moved": moved}
 
 
-# ---------------------------------------------------------------- instructions
-
-
-def run_once(args) -> None:
-    """A child under callgrind: one call of each row."""
-    import torch
-
-    from .contenders import contenders, make_inputs
-
-    torch.set_num_threads(1)
-    for row in map(int, args.once):
-        shape = select(tiny=args.tiny)[row]
-        contenders(shape, make_inputs(shape), only="ours")["ours"]()
-
-
-def instructions(site: Path, rows: list[int], args) -> dict[int, int]:
-    """Row -> instructions of its kernel, entered to left, on one thread, built for AVX2 (valgrind
-    knows no AVX-512)."""
-    kernels = [
-        f"kdkernels::avx2::{f}(*" for f in ("kd_loss_forward", "ctc_loss_forward", "ctc_align")
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--quiet"]
-        command += [f"--toggle-collect={k}" for k in kernels] + [
-            f"--dump-after={k}" for k in kernels
-        ]
-        command += [f"--callgrind-out-file={folder}/out"]
-        command += CHILD
-        command += [*(["--tiny"] if args.tiny else []), "--once", *map(str, rows)]
-        variables = {"KDKERNELS_TARGET": "avx2", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        subprocess.run(command, check=True, cwd=site, env=environment(site, **variables))
-        dumps = sorted(Path(folder).glob("out.*"), key=lambda p: int(p.suffix[1:]))
-        counts = [
-            int(re.search(r"^(?:totals|summary): (\d+)", dump.read_text(), re.M)[1])
-            for dump in dumps
-        ]
-    counts = [c for c in counts if c]
-    if len(counts) != len(rows):
-        raise SystemExit(f"compare: expected {len(rows)} counts of callgrind, got {len(counts)}")
-    return dict(zip(rows, counts, strict=True))
-
-
 # ---------------------------------------------------------------- command
 
 
@@ -196,44 +151,32 @@ def parse() -> argparse.Namespace:
     p.add_argument("--shape", default="", help="only rows whose sizes contain this")
     p.add_argument("--rounds", type=int, default=25)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--instructions", action="store_true", help="count them; small rows only")
     p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
     p.add_argument("--json", type=Path)
     p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
     p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    p.add_argument("--once", nargs="+", help=argparse.SUPPRESS)
     return p.parse_args()
 
 
 def main() -> int:
     args = parse()
-    if args.serve or args.once:
+    if args.serve:
         check_sources()
-        (serve if args.serve else run_once)(args)
+        serve(args)
         return 0
     if len(args.commits) != 2:
         raise SystemExit("compare: expected two commits, such as `main HEAD`")
     table = select(tiny=args.tiny)
-    rows = [
-        i
-        for i, s in enumerate(table)
-        if args.op in (None, s.op)
-        and args.shape in s.label
-        and not (args.instructions and s.numel > SMALL)
-    ]
+    rows = [i for i, s in enumerate(table) if args.op in (None, s.op) and args.shape in s.label]
     with tempfile.TemporaryDirectory() as folder:
         old, new = (
             build(c, Path(folder) / n, args.pip)
             for c, n in zip(args.commits, ("old", "new"), strict=True)
         )
-        if args.instructions:
-            counts = [instructions(site, rows, args) for site in (old, new)]
-            results = {i: count_verdict(counts[0][i], counts[1][i]) for i in rows}
-        else:
-            results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
+        results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
     for i, r in results.items():
-        spread = f" [{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}" if "low" in r else ""
-        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f}{spread} {r['moved']}")
+        spread = f"[{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}"
+        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f} {spread} {r['moved']}")
     slower = sum(r["moved"] == "slower" for r in results.values())
     faster = sum(r["moved"] == "faster" for r in results.values())
     print(f"{slower} rows slower, {faster} faster, of {len(results)}")
@@ -241,12 +184,6 @@ def main() -> int:
         named = {f"{table[i].op} {table[i].label}": r for i, r in results.items()}
         args.json.write_text(json.dumps(named, indent=1) + "\n")
     return 1 if slower else 0
-
-
-def count_verdict(old: int, new: int) -> dict:
-    ratio = new / old
-    moved = "slower" if ratio > 1 + LEAST else "faster" if ratio < 1 - LEAST else ""
-    return {"ratio": ratio, "old": old, "new": new, "moved": moved}
 
 
 if __name__ == "__main__":

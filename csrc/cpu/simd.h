@@ -155,10 +155,6 @@ template <>
 KDKERNELS_INLINE VecF32 min(VecF32 a, VecF32 b) {
   return (VecF32)_mm512_min_ps((__m512)a, (__m512)b);
 }
-template <>
-KDKERNELS_INLINE VecI32 max(VecI32 a, VecI32 b) {
-  return (VecI32)_mm512_max_epi32((__m512i)a, (__m512i)b);
-}
 #elif defined(__AVX2__)
 template <>
 KDKERNELS_INLINE VecF32 max(VecF32 a, VecF32 b) {
@@ -167,10 +163,6 @@ KDKERNELS_INLINE VecF32 max(VecF32 a, VecF32 b) {
 template <>
 KDKERNELS_INLINE VecF32 min(VecF32 a, VecF32 b) {
   return (VecF32)_mm256_min_ps((__m256)a, (__m256)b);
-}
-template <>
-KDKERNELS_INLINE VecI32 max(VecI32 a, VecI32 b) {
-  return (VecI32)_mm256_max_epi32((__m256i)a, (__m256i)b);
 }
 #endif
 

@@ -1,11 +1,12 @@
-// Occupancies of a target's positions to occupancies of its symbols. Equal labels are added in the
-// order of their positions; frames are collected until there are as many as lanes, turned so that a
-// vector holds one position at all of them, and added a vector at a time.
+// Occupancies of a target's positions to occupancies of its symbols. Frames are collected until
+// there are as many as lanes and turned so that a vector holds one position at all of them; then
+// each symbol's positions are added in their order. Blank has what they leave of 1.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "cpu/arena.h"
 #include "cpu/simd_lanes.h"
@@ -22,68 +23,75 @@ class Occupancies {
   // For up to S positions and `symbols` symbols.
   Occupancies(Arena& arena, int64_t S, int64_t symbols)
       : stride_((S + W) / W * W + 2 * W), symbols_stride_((symbols + W - 1) / W * W) {
-    positions_ = arena.take<Float>(W * stride_);
-    sums_ = arena.take<Float>(symbols_stride_ * W);
-    by_frame_ = arena.take<Float>(symbols_stride_ * W);
+    by_frame_ = arena.take<Float>(W * std::max(stride_, symbols_stride_));
+    by_position_ = arena.take<Float>(stride_ * W);
+    order_ = arena.take<int32_t>(S + 1);
+    end_ = arena.take<int32_t>(symbols_stride_);
   }
 
-  // symbol [S]: the number of the symbol at each position.
+  // symbol [S + 1]: the number of the symbol at each position, and of blank.
   void begin(int64_t S, const int32_t* symbol, int64_t symbols) {
-    S_ = S, symbol_ = symbol, symbols_ = symbols, count_ = 0;
+    S_ = S, symbols_ = symbols, count_ = 0;
+    // Positions in the order of their symbols; end_: where those of each symbol end.
+    std::fill(end_, end_ + symbols_stride_, 0);
+    for (int64_t k = 0; k <= S; k++) end_[symbol[k]]++;
+    std::partial_sum(end_, end_ + symbols_stride_, end_);
+    for (int64_t k = S; k >= 0; k--) order_[--end_[symbol[k]]] = int32_t(k);
+    for (int64_t k = 0; k <= S; k++) end_[symbol[k]]++;
   }
 
   // The row for one more frame, zeroed: position k at element k, a vector of margin before it.
-  Float* add(int64_t frame) {
-    Float* const row = positions_ + count_ * stride_;
+  // Where blank cannot occur what the positions leave is their rounding.
+  Float* add(int64_t frame, bool blank_occurs) {
+    Float* const row = by_frame_ + count_ * stride_;
     std::fill(row, row + stride_, Float(0));
-    frame_[count_] = frame;
+    blank_share_[count_] = blank_occurs ? 1 : 0;
+    frame_[count_++] = frame;
     return row + W;
   }
-  // The frame's blanks, to be summed over the lanes, end its row. True: it is time to flush.
-  bool finish(V blanks) {
-    blanks_[count_++] = blanks;
-    return count_ == W;
-  }
+  // There is no room for another frame: it is time to flush.
+  bool full() const { return count_ == W; }
 
-  // body(frame, symbols' occupancies [symbols], blank's) for each frame that was added.
+  // body(frame, symbols' occupancies [symbols]) for each frame that was added.
   template <class Body>
   void flush(Body body) {
     if (count_ == 0) return;
-    std::fill(sums_, sums_ + symbols_ * W, Float(0));
+    V total{};
     for (int64_t begin = 0; begin < S_; begin += W) {
-      V x[W];
+      V x[W], part{};
       for (int i = 0; i < W; i++) x[i] = i < count_ ? load<V>(at(i, begin)) : V{};
       transpose(x);
-      const int64_t n = std::min<int64_t>(W, S_ - begin);
-      for (int64_t i = 0; i < n; i++) {
-        Float* const sum = sums_ + symbol_[begin + i] * W;
-        store(sum, load<V>(sum) + x[i]);
+      for (int i = 0; i < W; i++) {
+        store(by_position_ + (begin + i) * W, x[i]);
+        part += x[i];
       }
+      total += part;
     }
+    store(by_position_ + S_ * W, max(Float(1) - total, V{}) * load<V>(blank_share_));
+    int32_t k = 0;
     for (int64_t begin = 0; begin < symbols_; begin += W) {
       V x[W];
-      for (int i = 0; i < W; i++) x[i] = load<V>(sums_ + (begin + i) * W);
+      for (int i = 0; i < W; i++) {
+        x[i] = V{};
+        for (; k < end_[begin + i]; k++) x[i] += load<V>(by_position_ + order_[k] * W);
+      }
       transpose(x);
       for (int i = 0; i < W; i++) store(by_frame_ + i * symbols_stride_ + begin, x[i]);
     }
-    const V blanks = reduce_rows(blanks_, count_, [](V a, V b) { return a + b; });
-    for (int i = 0; i < count_; i++) {
-      body(frame_[i], by_frame_ + i * symbols_stride_, Float(blanks[i]));
-    }
+    for (int i = 0; i < count_; i++) body(frame_[i], by_frame_ + i * symbols_stride_);
     count_ = 0;
   }
 
  private:
-  const Float* at(int i, int64_t k) const { return positions_ + i * stride_ + W + k; }
+  const Float* at(int i, int64_t k) const { return by_frame_ + i * stride_ + W + k; }
 
   int64_t stride_, symbols_stride_;
-  Float* positions_;  // [W][stride], frame by frame
-  Float* sums_;       // [symbols][W]
-  Float* by_frame_;   // [W][symbols]
-  V blanks_[W];
+  Float* by_frame_;     // [W][stride], positions of each frame; then its [symbols]
+  Float* by_position_;  // [S + 1][W], the last one blank
+  int32_t *order_, *end_;
   int64_t frame_[W];
+  Float blank_share_[W] = {};
   int64_t S_ = 0, symbols_ = 0;
-  const int32_t* symbol_ = nullptr;
   int count_ = 0;
 };
 

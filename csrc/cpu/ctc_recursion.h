@@ -4,13 +4,14 @@
 //
 // A state's value is mantissa * 2^exponent, one exponent a state: sums are shifts by whole powers
 // of two, with neither exp nor log, and nothing underflows. States are kept as pairs, split in two
-// arrays: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that each needs
+// rows: alpha pairs blank k with label k, beta pairs blank k with label k - 1, so that each needs
 // one neighbour, the label of the pair before it in its own direction:
 //   x       = blank[k] + label[k -/+ 1]
 //   blank'  = p(blank) x
 //   label'  = p(label) (label[k] + (may skip ? x : blank[k]))
-// Rows of the first half are kept in blocks that stay in the cache: of the blocks before the last
-// one only the row that precedes it is kept, and the block is computed again when it is needed.
+// Blanks need nothing but themselves and are replaced in place. Labels of the first half are kept,
+// for the occupancies, in blocks that stay in the cache: of the blocks before the last one only the
+// states that precede it are kept, and the block is computed again when it is needed.
 
 #pragma once
 
@@ -48,7 +49,14 @@ KDKERNELS_INLINE Number<Float> zero_number() {
 template <class Float>
 KDKERNELS_INLINE Number<Float> add(Number<Float> a, Number<Float> b) {
   const Vec<Float> e = max(a.e, b.e);
-  return {scale_by_power<Float>(a.m, a.e - e) + scale_by_power<Float>(b.m, b.e - e), e};
+  return {plus<Float>(scale_by_power<Float>(a.m, minus<Float>(a.e, e)),
+                      scale_by_power<Float>(b.m, minus<Float>(b.e, e))),
+          e};
+}
+
+template <class Float>
+KDKERNELS_INLINE Number<Float> multiply(Number<Float> a, Number<Float> b) {
+  return {a.m * b.m, plus<Float>(a.e, b.e)};
 }
 
 // With the mantissa in [1, 2).
@@ -77,35 +85,25 @@ struct Lattice {
   int64_t row() const { return class_of ? 2 * kLanes<Float> : width + kLanes<Float>; }
 };
 
-// One row of pairs: four arrays of `width` elements, a vector of margin before each and after the
-// last. A chain writes zeros beyond its front only, so that neighbouring arrays may share a margin.
+// The blanks or the labels of all pairs: two arrays of `width` elements, a vector of margin before
+// each and after the last. Margins may be shared, since only zeros are written there.
 template <class Float>
-struct PairRow {
-  using Int = typename Simd<Float>::Int;
+struct Row {
+  static constexpr int W = kLanes<Float>;
   Float* base;
   int64_t stride;  // width + W
-  static int64_t elements(int64_t width) { return 4 * (width + kLanes<Float>)+kLanes<Float>; }
-  PairRow(Float* base, int64_t width) : base(base), stride(width + kLanes<Float>) {}
+  static int64_t elements(int64_t width) { return 2 * (width + W) + W; }
+  Row(Float* base, int64_t width) : base(base), stride(width + W) {}
 
-  Number<Float> blank(int64_t j) const { return get(0, j); }
-  Number<Float> label(int64_t j) const { return get(2, j); }
-  void set_blank(int64_t j, Number<Float> x) { set(0, j, x); }
-  void set_label(int64_t j, Number<Float> x) { set(2, j, x); }
-  void set_zero(int64_t j) {
-    set_blank(j, zero_number<Float>());
-    set_label(j, zero_number<Float>());
+  // Vector j, or the elements `shift` further on.
+  Number<Float> get(int64_t j, int64_t shift = 0) const {
+    const Float* const m = base + (j + 1) * W + shift;
+    return {load<Vec<Float>>(m), load<Vec<Float>>(m + stride)};
   }
-
- private:
-  Float* at(int64_t array, int64_t j) const {
-    return base + array * stride + (j + 1) * kLanes<Float>;
-  }
-  Number<Float> get(int64_t array, int64_t j) const {
-    return {load<Vec<Float>>(at(array, j)), load<Vec<Float>>(at(array + 1, j))};
-  }
-  void set(int64_t array, int64_t j, Number<Float> x) {
-    store(at(array, j), x.m);
-    store(at(array + 1, j), x.e);
+  void set(int64_t j, Number<Float> x) const {
+    Float* const m = base + (j + 1) * W;
+    store(m, x.m);
+    store(m + stride, x.e);
   }
 };
 
@@ -120,75 +118,113 @@ class Chain {
   using Int = typename Simd<Float>::Int;
   static constexpr int W = kLanes<Float>;
 
-  // Rows in a block, for half of T frames: about 256 KiB.
-  static int64_t block_rows(int64_t T, int64_t width) {
-    const int64_t bytes = PairRow<Float>::elements(width) * int64_t(sizeof(Float));
-    return std::min<int64_t>((T + 1) / 2 + 1, std::max<int64_t>(16, (int64_t(1) << 18) / bytes));
+  // Rows in a block, for up to half of T frames: at most about 320 KiB.
+  static int64_t most_block_rows(int64_t T, int64_t width) {
+    const int64_t bytes = Row<Float>::elements(width) * int64_t(sizeof(Float));
+    return std::min<int64_t>(T / 2 + 1, std::max<int64_t>(16, 320 * 1024 / bytes));
   }
   static int64_t workspace(int64_t T, int64_t width) {  // elements
-    const int64_t block = block_rows(T, width), blocks = (T / 2 + 1) / block + 1;
-    return (block + 1 + blocks + 2) * PairRow<Float>::elements(width);
+    const int64_t most = most_block_rows(T, width), blocks = T / 2 / most + 1;
+    return (most + 1 + 1 + 2 * blocks + 2) * Row<Float>::elements(width);
   }
 
   // `lattice` must outlive the chain's use. `memory` has workspace(T, width) elements for a T and a
-  // width that are no smaller than the lattice's, and `block` is block_rows of the same two.
-  void begin(const Lattice<Float>* lattice, Float* memory, int64_t block) {
+  // width that are no smaller than the lattice's, and `most` is most_block_rows of the same two.
+  void begin(const Lattice<Float>* lattice, Float* memory, int64_t most) {
     lattice_ = lattice;
-    elements_ = PairRow<Float>::elements(lattice->width);
-    block_ = block;
+    elements_ = Row<Float>::elements(lattice->width);
+    const int64_t half = lattice->T / 2 + 1, blocks = (half + most - 1) / most;
+    block_ = (half + blocks - 1) / blocks;
     rows_ = memory;
-    checkpoints_ = rows_ + (block_ + 1) * elements_;
-    current_ = checkpoints_ + ((lattice->T / 2 + 1) / block_ + 1) * elements_;
+    blanks_ = rows_ + (block_ + 1) * elements_;
+    checkpoints_ = blanks_ + elements_;
+    current_ = checkpoints_ + 2 * blocks * elements_;
     stored_block_ = 0;
     // Before the first step all mass is in the blank at the chain's own end.
     const int64_t pair = kForward ? 0 : lattice->S, j = pair / W;
-    PairRow<Float> row = slot(0);
-    row.set_zero(j);
-    row.set_zero(kForward ? j + 1 : j - 1);
+    const Row<Float> blank = row(blanks_), label = slot(0);
+    for (int64_t k = -1; k <= lattice->width / W; k++) blank.set(k, zero_number<Float>());
+    for (int64_t k = j - 1; k <= j + 1; k++) label.set(k, zero_number<Float>());
     Number<Float> start = zero_number<Float>();
     start.m[pair % W] = 1;
     start.e[pair % W] = 0;
-    row.set_blank(j, start);
-    std::memcpy(checkpoints_, row.base, bytes());
+    blank.set(j, start);
+    copy(checkpoints_, blanks_);
+    copy(checkpoints_ + elements_, slot(0).base);
   }
 
-  // The first half: step i, its row stored.
+  // The first half: step i, its labels stored.
   void first(int64_t i) {
     const int64_t place = i % block_;
     if (place == 0 && i > 0) {
-      std::memcpy(checkpoints_ + i / block_ * elements_, slot(block_).base, bytes());
-      std::memcpy(slot(0).base, slot(block_).base, bytes());
+      Float* const checkpoint = checkpoints_ + i / block_ * 2 * elements_;
+      copy(checkpoint, blanks_);
+      copy(checkpoint + elements_, slot(block_).base);
+      copy(slot(0).base, slot(block_).base);
     }
-    step(i, slot(place), slot(place + 1), [](int64_t, Number<Float>, Number<Float>) {});
+    step<true>(i, row(blanks_), slot(place), slot(place + 1), kNothing);
     stored_block_ = i / block_;
   }
 
-  // After `steps` steps of the first half: take the last row along, out of the other chain's way.
-  void leave(int64_t steps) {
-    std::memcpy(current_, slot(steps == 0 ? 0 : (steps - 1) % block_ + 1).base, bytes());
-    parity_ = steps & 1;
+  // The states after the last of `steps` steps of the first half.
+  Row<Float> last_blanks() const { return row(blanks_); }
+  Row<Float> last_labels(int64_t steps) const {
+    return slot(steps == 0 ? 0 : (steps - 1) % block_ + 1);
   }
 
-  // The second half: step i from the row taken along. For each vector j of pairs
+  // After `steps` steps of the first half: take the states along, out of the other chain's way,
+  // divided by the likelihood m * 2^e, of which `inverse_m` is 1 / m.
+  void leave(int64_t steps, Float inverse_m, Float e) {
+    copy(current_, blanks_);
+    copy(current_ + elements_, last_labels(steps).base);
+    const Band live = band(steps - 1);
+    const Number<Float> inverse{broadcast(inverse_m), broadcast(-e)};
+    for (int64_t j = live.low; j <= live.high; j++) {
+      for (Float* const base : {current_, current_ + elements_}) {
+        row(base).set(j, multiply(row(base).get(j), inverse));
+      }
+    }
+  }
+
+  // Step i from the last states of the first half, without going there: for each vector j of pairs
   // `body(j, blank, label)` gets the values before this frame's symbol.
   template <class Body>
-  void second(int64_t i, Body body) {
-    step(i, current(i), current(i + 1), body);
+  void look_ahead(int64_t i, Body body) const {
+    step<false>(i, row(blanks_), last_labels(i), last_labels(i), body);
   }
 
-  // The stored row of step i; called with i going down.
-  PairRow<Float> stored(int64_t i) {
+  // The second half: step i of the states taken along, with the same for `body`.
+  template <class Body>
+  void second(int64_t i, Body body) {
+    const Row<Float> label = row(current_ + elements_);
+    step<true>(i, row(current_), label, label, body);
+  }
+
+  // The stored labels of step i; called with i going down.
+  Row<Float> stored(int64_t i) {
     const int64_t block = i / block_;
     if (block != stored_block_) {
-      std::memcpy(slot(0).base, checkpoints_ + block * elements_, bytes());
+      const Float* const checkpoint = checkpoints_ + block * 2 * elements_;
+      copy(blanks_, checkpoint);
+      copy(slot(0).base, checkpoint + elements_);
       for (int64_t k = 0; k < block_; k++) {
-        step(block * block_ + k, slot(k), slot(k + 1),
-             [](int64_t, Number<Float>, Number<Float>) {});
+        step<true>(block * block_ + k, row(blanks_), slot(k), slot(k + 1), kNothing);
       }
       stored_block_ = block;
     }
     return slot(i % block_ + 1);
   }
+
+  int64_t frame(int64_t i) const { return kForward ? i : lattice_->T - 1 - i; }
+
+ private:
+  static constexpr auto kNothing = [](int64_t, Number<Float>, Number<Float>) {};
+
+  void copy(Float* to, const Float* from) const {
+    std::memcpy(to, from, size_t(elements_) * sizeof(Float));
+  }
+  Row<Float> row(Float* base) const { return {base, lattice_->width}; }
+  Row<Float> slot(int64_t place) const { return row(rows_ + place * elements_); }
 
   // Pairs that count at step i, -1 being the state before the first step.
   Band band(int64_t i) const {
@@ -199,17 +235,11 @@ class Chain {
             std::min<int64_t>(lattice_->S, t + 1 - shift) / W};
   }
 
-  int64_t frame(int64_t i) const { return kForward ? i : lattice_->T - 1 - i; }
-
- private:
-  int64_t bytes() const { return elements_ * int64_t(sizeof(Float)); }
-  PairRow<Float> slot(int64_t place) const { return {rows_ + place * elements_, lattice_->width}; }
-  PairRow<Float> current(int64_t i) const {
-    return {current_ + ((i ^ parity_) & 1) * elements_, lattice_->width};
-  }
-
-  template <class Body>
-  KDKERNELS_INLINE void step(int64_t i, PairRow<Float> from, PairRow<Float> to, Body body) const {
+  // From the states before step i, `blanks` and the labels `from`, to those after it, `blanks` and
+  // `to`, which may be the same row; not kStore: only what `body` is told.
+  template <bool kStore, class Body>
+  KDKERNELS_INLINE void step(int64_t i, Row<Float> blanks, Row<Float> from, Row<Float> to,
+                             Body body) const {
     // Label k is at element W + k; the pair k of beta has label k - 1.
     constexpr int64_t first = W - (kForward ? 0 : 1);
     const Float* const m = lattice_->label_m + frame(i) * lattice_->row();
@@ -218,67 +248,70 @@ class Chain {
       if (const Int* const class_of = lattice_->class_of) {
         const Vec<Float> low_m = load<Vec<Float>>(m), high_m = load<Vec<Float>>(m + W);
         const Vec<Float> low_e = load<Vec<Float>>(e), high_e = load<Vec<Float>>(e + W);
-        return walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
+        return walk<kStore>(i, blanks, from, to, body, [&](int64_t j) -> Number<Float> {
           const VecInt<Float> index = load<VecInt<Float>>(class_of + first + j * W);
           return {lookup(low_m, high_m, index), lookup(low_e, high_e, index)};
         });
       }
     }
-    walk(i, from, to, body, [&](int64_t j) -> Number<Float> {
+    walk<kStore>(i, blanks, from, to, body, [&](int64_t j) -> Number<Float> {
       return {load<Vec<Float>>(m + first + j * W), load<Vec<Float>>(e + first + j * W)};
     });
   }
 
   // probability(j): of the labels of the pairs in vector j.
-  template <class Body, class Probability>
-  KDKERNELS_INLINE void walk(int64_t i, PairRow<Float> from, PairRow<Float> to, Body body,
-                             Probability probability) const {
+  template <bool kStore, class Body, class Probability>
+  KDKERNELS_INLINE void walk(int64_t i, Row<Float> blanks, Row<Float> from, Row<Float> to,
+                             Body body, Probability probability) const {
     const Band now = band(i), before = band(i - 1);
     const int64_t t = frame(i);
     const Number<Float> p_blank{broadcast(lattice_->blank_m[t]), broadcast(lattice_->blank_e[t])};
     const bool normalise = i % kPeriod == kPeriod - 1;
     const auto pair = [&](int64_t j, Number<Float> label, Number<Float> neighbour) {
-      const Number<Float> blank = from.blank(j);
+      const Number<Float> blank = blanks.get(j);
       const VecInt<Float> skip = load<VecInt<Float>>(lattice_->skip + j * W);
       const Number<Float> x = add(blank, neighbour);
       const Number<Float> y = add(label, {skip ? x.m : blank.m, skip ? x.e : blank.e});
       body(j, x, y);
-      Number<Float> to_blank{x.m * p_blank.m, x.e + p_blank.e};
-      const Number<Float> p_label = probability(j);
-      Number<Float> to_label{y.m * p_label.m, y.e + p_label.e};
-      if (normalise) {
-        to_blank = normalised(to_blank);
-        to_label = normalised(to_label);
+      if constexpr (kStore) {
+        Number<Float> to_blank = multiply(x, p_blank), to_label = multiply(y, probability(j));
+        if (normalise) {
+          to_blank = normalised(to_blank);
+          to_label = normalised(to_label);
+        }
+        blanks.set(j, to_blank);
+        to.set(j, to_label);
       }
-      to.set_blank(j, to_blank);
-      to.set_label(j, to_label);
     };
-    // Beyond its front a row holds one vector of zeros; behind its back nothing that counts.
     if constexpr (kForward) {
-      Number<Float> last = now.low > before.low ? from.label(now.low - 1) : zero_number<Float>();
+      Number<Float> last = now.low > before.low ? from.get(now.low - 1) : zero_number<Float>();
       for (int64_t j = now.low; j <= now.high; j++) {
-        const Number<Float> label = from.label(j);
+        const Number<Float> label = from.get(j);
         pair(j, label, {shift_up(last.m, label.m), shift_up(last.e, label.e)});
         last = label;
       }
-      to.set_zero(now.high + 1);
     } else {
-      Number<Float> last = now.high < before.high ? from.label(now.high + 1) : zero_number<Float>();
+      Number<Float> last = now.high < before.high ? from.get(now.high + 1) : zero_number<Float>();
       for (int64_t j = now.high; j >= now.low; j--) {
-        const Number<Float> label = from.label(j);
+        const Number<Float> label = from.get(j);
         pair(j, label, {shift_down(label.m, last.m), shift_down(label.e, last.e)});
         last = label;
       }
-      to.set_zero(now.low - 1);
+    }
+    // Around its band a row of labels holds a vector of zeros.
+    if constexpr (kStore) {
+      to.set(now.low - 1, zero_number<Float>());
+      to.set(now.high + 1, zero_number<Float>());
     }
   }
 
   const Lattice<Float>* lattice_ = nullptr;
   int64_t elements_ = 0, block_ = 0;
-  Float* rows_ = nullptr;         // [block + 1], the row before a block and the block
-  Float* checkpoints_ = nullptr;  // [blocks], the row before each block
-  Float* current_ = nullptr;      // [2], rows of the second half
-  int64_t stored_block_ = 0, parity_ = 0;
+  Float* rows_ = nullptr;         // [block + 1], labels before a block and those of the block
+  Float* blanks_ = nullptr;       // of the first half
+  Float* checkpoints_ = nullptr;  // [blocks][2], blanks and labels before each block
+  Float* current_ = nullptr;      // [2], blanks and labels of the second half
+  int64_t stored_block_ = 0;
 };
 
 }  // namespace KDKERNELS_TARGET

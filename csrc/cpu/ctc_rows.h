@@ -35,46 +35,39 @@ void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   V largest[W];
   for (int r = 0; r < n; r++) {
     V high = broadcast(-kInf);
-    VecInt<Float> nan{};
     for_row<Float, kVectors>(C, [&](int64_t c, int lanes) {
-      const V x = load_n(rows[r].logits + c, lanes, -kInf);
-      nan |= x != x;
-      high = max(high, x);
+      high = max(high, load_n(rows[r].logits + c, lanes, -kInf));
     });
     largest[r] = high;
-    rows[r].valid = !any(nan);
   }
   const V maxima = reduce_rows(largest, n, [](V a, V b) { return max(a, b); });
-  double sums[W];
-  for (int r = 0; r < n; r++) {
-    SoftmaxRow<Float>& row = rows[r];
-    row.max = maxima[r];
-    row.valid = row.valid && std::fabs(row.max) < kInf;
-    if (!row.valid) row.max = 0;
-    sums[r] = -1;
-  }
+  for (int r = 0; r < n; r++) rows[r].max = maxima[r];
+  double sums[W] = {};
+  int64_t ones[W] = {};
   // Summed in Float before the sum goes on in double.
   constexpr int64_t block = (kVectors ? kVectors : 32) * W;
   for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     // Classes that share the maximum are counted, so that the others' sum is not rounded to them.
-    V rest[W], ones[W];
+    V rest[W];
     for (int r = 0; r < n; r++) {
       const SoftmaxRow<Float>& row = rows[r];
-      V sum{}, count{};
+      V sum{};
       for_row<Float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
         const V x = load_n(row.logits + begin + i, lanes, -kInf) - row.max;
         __builtin_prefetch(row.logits + begin + i + ahead, 0, 2);
         const V e = exp<Float>(x);
         sum = x == 0 ? sum : sum + e;
-        count = x == 0 ? count + Float(1) : count;
+        ones[r] += count_lanes(x == 0);
         if (row.exponentials) store_n(row.exponentials + begin + i, e, lanes);
       });
-      rest[r] = sum, ones[r] = count;
+      rest[r] = sum;
     }
     add_rows(rest, n, sums);
-    add_rows(ones, n, sums);
   }
-  for (int r = 0; r < n; r++) rows[r].rest = sums[r];
+  for (int r = 0; r < n; r++) {  // a NaN or an infinity makes the sum NaN
+    rows[r].valid = sums[r] == sums[r];
+    rows[r].rest = sums[r] + double(ones[r] - 1);
+  }
 }
 
 template <class Float>
@@ -99,18 +92,23 @@ struct SoftmaxScale {
 // max carried along, and n goes to e whole.
 template <class Float>
 KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<Float>& scale) {
-  using S = Simd<Float>;
   using V = Vec<Float>;
   const Float lowest = Float(kZeroSymbol<Float> * kLn2);
   const V difference = x - scale.max, minus_max = difference - x;
   const V lost = (x - (difference - minus_max)) - (scale.max + minus_max);
   const V d = max(broadcast(lowest), difference);
-  // n in two steps, since there are more of them than kRound has room for, and each product exact.
+  V n, r;
+#if defined(__FMA__)
+  n = nearest<Float>(d * Float(kLog2e));
+  r = less_product<Float>(less_product<Float>(d, n, Float(kLn2)), n, kLn2Rest<Float>);
+#else  // in two steps, since there are more n than kRound has room for, each product exact
+  using S = Simd<Float>;
   const V quotient = d * Float(kLog2e);
   const V coarse = ((quotient * Float(1.0 / 4096) + S::kRound) - S::kRound) * Float(4096);
   const V fine = ((quotient - coarse) + S::kRound) - S::kRound;
-  const V n = coarse + fine;
-  V r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
+  n = coarse + fine;
+  r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
+#endif
   r = d > lowest ? r + lost : V{};
   return {small_exp<Float>(r) * scale.inverse_m, n - scale.e};
 }

@@ -49,11 +49,11 @@ class Utterance {
     class_of_ = arena.take<Int>(width + W);
     skip_ = arena.take<Int>(width);
     label_ = arena.take<int32_t>(S);
-    symbol_ = arena.take<int32_t>(S);
+    symbol_ = arena.take<int32_t>(S + 1);
     symbol_label_ = arena.take<int32_t>(most_symbols(C, S));
     symbol_of_label_ = arena.take<int32_t>(C);
-    dense_ = arena.take<Float>(T * (most_symbols(C, S) + 1));
-    block_ = Chain<Float, true>::block_rows(T, width);
+    dense_ = arena.take<Float>(T * most_symbols(C, S));
+    block_rows_ = Chain<Float, true>::most_block_rows(T, width);
     memory_[0] = arena.take<Float>(Chain<Float, true>::workspace(T, width));
     memory_[1] = arena.take<Float>(Chain<Float, false>::workspace(T, width));
   }
@@ -125,15 +125,20 @@ class Utterance {
         store(m + k, p.m);
         store(e + k, p.e);
       }
-      const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
-      blank_m_[t] = blank.m[0];
-      blank_e_[t] = blank.e[0];
+      if (lattice_.class_of) {
+        blank_m_[t] = m[problem_->blank];
+        blank_e_[t] = e[problem_->blank];
+      } else {
+        const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
+        blank_m_[t] = blank.m[0];
+        blank_e_[t] = blank.e[0];
+      }
       const int64_t none = lattice_.class_of ? problem_->blank : W - 1;
       m[none] = 1;
       e[none] = kZeroSymbol<Float>;
     }
-    alpha_.begin(&lattice_, memory_[0], block_);
-    beta_.begin(&lattice_, memory_[1], block_);
+    alpha_.begin(&lattice_, memory_[0], block_rows_);
+    beta_.begin(&lattice_, memory_[1], block_rows_);
   }
 
   // The halves, of one direction or of both in turns: each alone waits for its own last row.
@@ -148,12 +153,11 @@ class Utterance {
   // Where they meet: the likelihood.
   void meet() {
     if (!runs_) return;
-    alpha_.leave(middle());
-    beta_.leave(T_ - middle());
     Number<Float> sum = zero_number<Float>();
-    const int64_t i = T_ - 1 - middle();
-    visit(alpha_, middle(), beta_, i, [&](int64_t, Number<Float> blank, Number<Float> label) {
-      sum = add(normalised(sum), add(blank, label));
+    const Row<Float> blanks = beta_.last_blanks(), labels = beta_.last_labels(T_ - middle());
+    alpha_.look_ahead(middle(), [&](int64_t j, Number<Float> blank, Number<Float> label) {
+      sum = add(normalised(sum),
+                add(multiply(blank, blanks.get(j)), multiply(label, labels.get(j, 1))));
     });
     const Float e = reduce_max(sum.e);
     const double m = double(reduce_add(scale_by_power<Float>(sum.m, sum.e - e)));
@@ -161,10 +165,9 @@ class Utterance {
       runs_ = false;
       return;
     }
-    const double log2_m = std::log2(m);
-    loss_ = -(double(e) + log2_m) * kLn2;
-    likelihood_e_ = e;
-    likelihood_inverse_m_ = Float(1 / m);
+    loss_ = -(double(e) + std::log2(m)) * kLn2;
+    alpha_.leave(middle(), Float(1 / m), e);
+    beta_.leave(T_ - middle(), Float(1 / m), e);
   }
 
   void second_halves(bool alpha, bool beta) {
@@ -202,15 +205,17 @@ class Utterance {
   int64_t middle() const { return T_ / 2; }
 
   // Symbols have numbers: in an alphabet that is small, or mostly in use, those of its classes, so
-  // that occupancies line up with a row of the gradient; else the order in which they appear.
+  // that occupancies line up with a row of the gradient; else the order in which they appear, blank
+  // being the last.
   static bool all_classes(int64_t C, int64_t S) { return C <= std::max<int64_t>(4 * W, 2 * S); }
-  static int64_t most_symbols(int64_t C, int64_t S) { return all_classes(C, S) ? C : S; }
+  static int64_t most_symbols(int64_t C, int64_t S) { return all_classes(C, S) ? C : S + 1; }
 
   void number_symbols() {
     const int64_t C = problem_->C;
     if (all_classes(C, S_)) {
       symbols_ = C;
       std::copy(label_, label_ + S_, symbol_);
+      symbol_[S_] = int32_t(problem_->blank);
       for (int64_t c = 0; c < C; c++) symbol_label_[c] = int32_t(c);
       return;
     }
@@ -224,6 +229,8 @@ class Utterance {
       }
       symbol_[k] = symbol;
     }
+    symbol_[S_] = int32_t(symbols_);
+    symbol_label_[symbols_++] = int32_t(problem_->blank);
   }
 
   // Frames [begin, end), at most a block of them, the gradients of their divergences being in
@@ -303,9 +310,8 @@ class Utterance {
     });
     if (p.grad.dtype !=
         kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
-      Float* const kept = dense_ + t * (symbols_ + 1);
+      Float* const kept = dense_ + t * symbols_;
       for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
-      kept[symbols_] = dense[p.blank];
       finish_row(grad, p.grad.dtype, p.C, dense);
     }
   }
@@ -358,75 +364,58 @@ class Utterance {
     return -std::log(blank[S_] + (S_ > 0 ? label[S_ - 1] : 0.0));
   }
 
-  // Step i of a chain is the same frame as step T - 1 - i of the other. Step i of one chain against
-  // step `other_i` of the other: for each vector of pairs the products of the two, of the blanks
-  // and of the labels.
-  template <bool kForward, class Body>
-  KDKERNELS_INLINE void visit(Chain<Float, kForward>& chain, int64_t i,
-                              Chain<Float, !kForward>& other, int64_t other_i, Body body) {
-    const PairRow<Float> row = other.stored(other_i);
-    const Band band = other.band(other_i);
-    chain.second(i, [&](int64_t j, Number<Float> blank, Number<Float> label) {
-      const Number<Float> other_blank = row.blank(j), aligned = row.label(j);
-      Number<Float> other_label;
-      if constexpr (kForward) {  // the label of alpha's pair k is that of beta's pair k + 1
-        const Number<Float> after = j < band.high ? row.label(j + 1) : zero_number<Float>();
-        other_label = {shift_down(aligned.m, after.m), shift_down(aligned.e, after.e)};
-      } else {
-        const Number<Float> before = j > band.low ? row.label(j - 1) : zero_number<Float>();
-        other_label = {shift_up(before.m, aligned.m), shift_up(before.e, aligned.e)};
-      }
-      body(j, Number<Float>{blank.m * other_blank.m, blank.e + other_blank.e},
-           Number<Float>{label.m * other_label.m, label.e + other_label.e});
-    });
-  }
-
-  // Occupancies of one frame.
+  // Occupancies of one frame, which is step i of a chain and step T - 1 - i of the other.
   template <bool kForward>
   void occupy(Chain<Float, kForward>& chain, int64_t i, Chain<Float, !kForward>& other,
               Occupancies<Float>& occupancies) {
-    const auto probability = [&](Number<Float> x) {
-      return scale_by_power<Float>(x.m * likelihood_inverse_m_, x.e - likelihood_e_);
-    };
-    Float* const labels = occupancies.add(chain.frame(i)) - (kForward ? 0 : 1);
-    Vec<Float> blanks{};
-    visit(chain, i, other, T_ - 1 - i, [&](int64_t j, Number<Float> blank, Number<Float> label) {
-      blanks += probability(blank);
-      store(labels + j * W, probability(label));  // beta's pair k has label k - 1
+    // The label of alpha's pair k is that of beta's pair k + 1.
+    constexpr int64_t shift = kForward ? 1 : -1;
+    const int64_t t = chain.frame(i);
+    Float* const occupancy =
+        occupancies.add(t, blank_e_[t] >= kZeroLikelihood<Float>) - (kForward ? 0 : 1);
+    const Row<Float> row = other.stored(T_ - 1 - i);
+    fetch_gradient(t);
+    chain.second(i, [&](int64_t j, Number<Float>, Number<Float> label) {
+      const Number<Float> x = multiply(label, row.get(j, shift));
+      store(occupancy + j * W, scale_by_power<Float>(x.m, x.e));  // beta's pair k has label k - 1
     });
-    if (occupancies.finish(blanks)) subtract(occupancies);
+    if (occupancies.full()) subtract(occupancies);
+  }
+
+  // The row of the gradient from which a frame's occupancies will be subtracted, where it is short:
+  // rows lie apart, which the hardware does not foresee.
+  void fetch_gradient(int64_t t) const {
+    const Frames& grad = problem_->grad;
+    const int64_t bytes = problem_->C * size_of(grad.dtype);
+    const char* const row = static_cast<const char*>(grad.row(t, n_));
+    for (int64_t i = 0; i < bytes && bytes <= 1024; i += 64) __builtin_prefetch(row + i, 1);
   }
 
   // The frames collected, from their rows of the gradient.
   void subtract(Occupancies<Float>& occupancies) {
     const Problem<Float>& p = *problem_;
     const Float scale = p.posteriors ? Float(-1) : Float(scale_);
-    occupancies.flush([&](int64_t t, Float* symbols, Float blank) {
+    occupancies.flush([&](int64_t t, const Float* symbols) {
       void* const grad = p.grad.row(t, n_);
       Float* const row = static_cast<Float*>(grad);
       if (p.grad.dtype == kOwnDType<Float> && all_classes(p.C, S_)) {
-        symbols[p.blank] += blank;
         for (int64_t c = 0; c < p.C; c++) row[c] -= scale * symbols[c];
       } else if (p.grad.dtype == kOwnDType<Float>) {
         for (int64_t u = 0; u < symbols_; u++) row[symbol_label_[u]] -= scale * symbols[u];
-        row[p.blank] -= scale * blank;
       } else {
-        const Float* const kept = dense_ + t * (symbols_ + 1);
+        const Float* const kept = dense_ + t * symbols_;
         for (int64_t u = 0; u < symbols_; u++) {
           store_one(grad, p.grad.dtype, symbol_label_[u], kept[u] - scale * symbols[u]);
         }
-        store_one(grad, p.grad.dtype, p.blank, kept[symbols_] - scale * blank);
       }
     });
   }
 
   const Problem<Float>* problem_ = nullptr;
-  int64_t block_ =
-      0;  // rows of a chain that are kept, for the largest utterance there is memory for
+  int64_t block_rows_ = 0;  // of a chain, for the largest utterance there is memory for
   int64_t n_ = 0, T_ = 0, S_ = 0, symbols_ = 0;
   bool labelled_ = false, runs_ = false;
   double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
-  Float likelihood_e_ = 0, likelihood_inverse_m_ = 0;
   Lattice<Float> lattice_{};
   Chain<Float, true> alpha_;
   Chain<Float, false> beta_;
@@ -435,9 +424,9 @@ class Utterance {
   double *max_, *rest_, *kd_;                        // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *blank_e_, *label_m_, *label_e_;  // see Lattice
   Int *class_of_, *skip_;
-  Float* dense_;              // [T][symbols + 1], dense gradient at each symbol and at blank
+  Float* dense_;              // [T][symbols], dense gradient at each symbol
   int32_t* label_;            // [S]
-  int32_t* symbol_;           // [S], number of the label among the distinct ones
+  int32_t* symbol_;           // [S + 1], number of each label's symbol, and of blank's
   int32_t* symbol_label_;     // [symbols]
   int32_t* symbol_of_label_;  // [C]
   Float* memory_[2];          // of alpha and of beta

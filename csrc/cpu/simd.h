@@ -83,6 +83,10 @@ constexpr int kLanes = kVectorBytes / int(sizeof(Float));
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
+// What kLn2 has beyond a Float.
+template <class Float>
+constexpr Float kLn2Rest =
+    sizeof(Float) == 4 ? Float(kLn2 - double(float(kLn2))) : Float(2.3190468138462996e-17);
 template <class Float>
 KDKERNELS_INLINE Vec<Float> broadcast(Float x) {
   return Vec<Float>{} + x;
@@ -180,6 +184,24 @@ KDKERNELS_INLINE bool any(V mask) {
 #else
   const VecI64 m = (VecI64)mask;
   return (m[0] | m[1]) != 0;
+#endif
+}
+
+// How many lanes of a comparison are true.
+template <class V>
+KDKERNELS_INLINE int count_lanes(V mask) {
+  [[maybe_unused]] constexpr bool wide = sizeof(mask[0]) == 8;
+#if defined(__AVX512F__)
+  const __m512i m = (__m512i)mask;
+  return __builtin_popcount(wide ? unsigned(_mm512_movepi64_mask(m))
+                                 : unsigned(_mm512_movepi32_mask(m)));
+#elif defined(__AVX2__)
+  return __builtin_popcount(
+      unsigned(wide ? _mm256_movemask_pd((__m256d)mask) : _mm256_movemask_ps((__m256)mask)));
+#else
+  int count = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); i++) count += mask[i] != 0;
+  return count;
 #endif
 }
 

@@ -25,6 +25,66 @@ KDKERNELS_INLINE Vec<Float> scale_by_power(Vec<Float> m, Vec<Float> e) {
 #endif
 }
 
+// a + b and a - b, rounded the same, by the multipliers: where each instruction is for adders or
+// for multipliers, sums and powers of two would keep the adders alone busy.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> plus(Vec<Float> a, Vec<Float> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
+  }
+#endif
+  return a + b;
+}
+template <class Float>
+KDKERNELS_INLINE Vec<Float> minus(Vec<Float> a, Vec<Float> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
+  }
+#endif
+  return a - b;
+}
+
+#if defined(__FMA__)
+// The nearest whole number.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> nearest(Vec<Float> x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_roundscale_ps((__m512)x, kNearest);
+  } else {
+    return (Vec<Float>)_mm512_roundscale_pd((__m512d)x, kNearest);
+  }
+#else
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm256_round_ps((__m256)x, kNearest);
+  } else {
+    return (Vec<Float>)_mm256_round_pd((__m256d)x, kNearest);
+  }
+#endif
+}
+
+// x - n k, rounded once.
+template <class Float>
+KDKERNELS_INLINE Vec<Float> less_product(Vec<Float> x, Vec<Float> n, Float k) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm512_fnmadd_ps((__m512)n, _mm512_set1_ps(k), (__m512)x);
+  } else {
+    return (Vec<Float>)_mm512_fnmadd_pd((__m512d)n, _mm512_set1_pd(k), (__m512d)x);
+  }
+#else
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm256_fnmadd_ps((__m256)n, _mm256_set1_ps(k), (__m256)x);
+  } else {
+    return (Vec<Float>)_mm256_fnmadd_pd((__m256d)n, _mm256_set1_pd(k), (__m256d)x);
+  }
+#endif
+}
+#endif
+
 // x = mantissa_of(x) 2^exponent_of(x), the mantissa in [1, 2), for normal x > 0. Of 0 the exponent
 // is -kBias or less.
 template <class Float>
@@ -82,8 +142,7 @@ KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
     const Vec<Float> scaled = x * factor;
     const __mmask16 positive =
         _mm512_cmp_ps_mask((__m512)scaled, _mm512_set1_ps(float(S::kMinExp * kLog2e)), _CMP_NLT_UQ);
-    const Vec<Float> n = (Vec<Float>)_mm512_roundscale_ps(
-        (__m512)scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<Float> n = nearest<Float>(scaled);
     const Vec<Float> r = x * factor - n;
     Vec<Float> y = broadcast(S::kExp2[4]);
 #pragma GCC unroll 4

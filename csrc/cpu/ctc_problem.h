@@ -22,6 +22,10 @@ struct Frames {
   void* row(int64_t t, int64_t n) const {
     return data ? offset(data, dtype, t * stride_t + n * stride_n) : nullptr;
   }
+  // Those of an utterance from frame t on.
+  RowsAt rows(int64_t t, int64_t n) const {
+    return {static_cast<char*>(row(t, n)), data ? stride_t * size_of(dtype) : 0};
+  }
 };
 
 template <class Float>

@@ -318,18 +318,24 @@ class Utterance {
 
   void kd_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
     const Problem<Float>& p = *problem_;
-    end = std::min(end, T_);
-    for (int64_t t = begin; t < end; t++) {
+    std::fill(kd_ + begin, kd_ + end, 0.0);
+    for (int64_t t = begin, n; t < end; t += n) {
+      n = p.frame_weight ? 1 : end - t;  // frames of one weight
       const double weight = p.kd_frame_factor(t, n_);
-      void* grad_teacher = p.grad_teacher.row(t, n_);
-      kd_[t] = 0;
-      if (grad_teacher && (weight == 0 || p.kd_scale == 0)) {
-        fill_row(grad_teacher, p.grad_teacher.dtype, p.C, Float(0));
-        grad_teacher = nullptr;
+      RowsAt grad_teacher = p.grad_teacher.rows(t, n_);
+      if (grad_teacher.first && (weight == 0 || p.kd_scale == 0)) {
+        for (int64_t i = 0; i < n; i++) {
+          fill_row(grad_teacher[i], p.grad_teacher.dtype, p.C, Float(0));
+        }
+        grad_teacher = {nullptr, 0};
       }
       if (weight == 0) continue;
-      Float* const grad = p.has_kd_gradient(t, n_) ? scratch.kd + (t - begin) * p.C : nullptr;
-      scratch.kd_block.add(p.logits.row(t, n_), p.teacher.row(t, n_), grad, grad_teacher,
+      RowsAt grad{nullptr, 0};
+      if (p.has_kd_gradient(t, n_)) {
+        grad = {reinterpret_cast<char*>(scratch.kd + (t - begin) * p.C),
+                p.C * int64_t(sizeof(Float))};
+      }
+      scratch.kd_block.add(n, p.logits.rows(t, n_), p.teacher.rows(t, n_), grad, grad_teacher,
                            weight * p.kd_scale, kd_ + t);
     }
     scratch.kd_block.flush();

@@ -41,31 +41,24 @@ class Divergences {
   // Rows to hand over at once, at most.
   int block() const { return block_; }
 
-  void operator()(DivergenceRow<Float>* rows, int n) const {
+  void operator()(DivergenceRows<Float>& rows, int n) const {
     if constexpr (sizeof(Float) == 4) {
       if (fast_) {
-        fast(rows, n);
-        // The teacher's gradient has logarithms in it.
-        for (int i = 0; i < n; i++) {
-          if (!rows[i].grad_teacher) continue;
-          DivergenceRow<Float> row = rows[i];
-          row.grad_student = nullptr;
-          wide(row);
+        const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
+                             n * options_.teacher_stride, n * options_.student_stride};
+        kl_rows(rows, n, C_, scale, scratch_);
+        for (int i = 0; i < n; i++) {  // the teacher's gradient has logarithms in it
+          if (rows.grad_teacher[i]) wide(rows, i, nullptr);
         }
         return;
       }
     }
-    for (int i = 0; i < n; i++) wide(rows[i]);
+    for (int i = 0; i < n; i++) wide(rows, i, rows.grad_student[i]);
   }
 
  private:
-  void fast(DivergenceRow<float>* rows, int n) const {
-    const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
-                         n * options_.teacher_stride, n * options_.student_stride};
-    kl_rows(rows, n, C_, scale, scratch_);
-  }
-
-  void wide(DivergenceRow<Float>& row) const {
+  void wide(DivergenceRows<Float>& rows, int i, Float* row_grad_student) const {
+    Float* const row_grad_teacher = rows.grad_teacher[i];
     const auto input = [&](const Float* x, double* scratch) {
       if constexpr (sizeof(Float) == 8) return x;
       std::copy(x, x + C_, scratch);
@@ -75,24 +68,24 @@ class Divergences {
       if constexpr (sizeof(Float) == 8) return x;
       return x ? scratch : nullptr;
     };
-    const double* const student = input(row.student, wide_[0]);
-    const double* const teacher = input(row.teacher, wide_[1]);
-    double* const grad_student = output(row.grad_student, wide_[2]);
-    double* const grad_teacher = output(row.grad_teacher, wide_[3]);
+    const double* const student = input(rows.student[i], wide_[0]);
+    const double* const teacher = input(rows.teacher[i], wide_[1]);
+    double* const grad_student = output(row_grad_student, wide_[2]);
+    double* const grad_teacher = output(row_grad_teacher, wide_[3]);
     RowPair pair{teacher,  student, options_.teacher_scale, options_.student_scale, C_,
                  wide_[4], wide_[5]};
-    RowGradients grad{grad_teacher, grad_student, row.factor * options_.teacher_scale,
-                      row.factor * options_.student_scale};
+    RowGradients grad{grad_teacher, grad_student, rows.factor[i] * options_.teacher_scale,
+                      rows.factor[i] * options_.student_scale};
     if (options_.divergence == Divergence::reverse_kl) {
       std::swap(pair.p_logits, pair.q_logits);
       std::swap(pair.p_scale, pair.q_scale);
       std::swap(grad.p, grad.q);
       std::swap(grad.p_factor, grad.q_factor);
     }
-    row.value = divergence_row(options_.divergence, options_.beta, pair, grad);
+    rows.value[i] = divergence_row(options_.divergence, options_.beta, pair, grad);
     if constexpr (sizeof(Float) == 4) {
-      if (grad_student) std::copy(grad_student, grad_student + C_, row.grad_student);
-      if (grad_teacher) std::copy(grad_teacher, grad_teacher + C_, row.grad_teacher);
+      if (grad_student) std::copy(grad_student, grad_student + C_, row_grad_student);
+      if (grad_teacher) std::copy(grad_teacher, grad_teacher + C_, row_grad_teacher);
     }
   }
 
@@ -104,6 +97,14 @@ class Divergences {
   double* wide_[6];
 };
 
+// Rows of one tensor: the address of the first, and bytes from a row to the next. A gradient that
+// is not wanted is null, and so is the step.
+struct RowsAt {
+  char* first;
+  int64_t step;
+  KDKERNELS_INLINE void* operator[](int64_t i) const { return first + i * step; }
+};
+
 // Rows of any dtype on their way to Divergences and back.
 template <class Float>
 class DivergenceBlock {
@@ -112,55 +113,64 @@ class DivergenceBlock {
       : divergences_(options, C, arena), dtype_(options.dtype), C_(C) {
     constexpr DType own = kOwnDType<Float>;
     converts_ = dtype_.student != own || dtype_.teacher != own || dtype_.grad_student != own;
-    for (Float*& rows : rows_) rows = arena.take<Float>(rows_in_block(C) * C);
+    for (Float*& rows : converted_) rows = arena.take<Float>(rows_in_block(C) * C);
   }
 
-  // A pair of rows; a gradient that is null is not made. `value` gets the divergence in flush().
-  KDKERNELS_INLINE void add(const void* student, const void* teacher, void* grad_student,
-                            void* grad_teacher, double factor, double* value) {
-    pairs_[count_] = {static_cast<const Float*>(student),
-                      static_cast<const Float*>(teacher),
-                      static_cast<Float*>(grad_student),
-                      static_cast<Float*>(grad_teacher),
-                      factor,
-                      0};
-    values_[count_] = value;
-    if (converts_) convert(pairs_[count_]);
-    if (++count_ == divergences_.block()) flush();
+  // n pairs of rows. values [n] get the divergences, at the latest in flush().
+  void add(int64_t n, RowsAt student, RowsAt teacher, RowsAt grad_student, RowsAt grad_teacher,
+           double factor, double* values) {
+    for (int64_t i = 0; i < n;) {
+      const int begin = count_, end = int(std::min<int64_t>(divergences_.block(), begin + n - i));
+      const int64_t shift = i - begin;
+      for (int k = begin; k < end; k++) {
+        rows_.student[k] = static_cast<const Float*>(student[k + shift]);
+        rows_.teacher[k] = static_cast<const Float*>(teacher[k + shift]);
+        rows_.grad_student[k] = static_cast<Float*>(grad_student[k + shift]);
+        rows_.grad_teacher[k] = static_cast<Float*>(grad_teacher[k + shift]);
+        rows_.factor[k] = factor;
+        values_[k] = values + (k + shift);
+      }
+      i += end - begin;
+      count_ = end;
+      if (converts_) convert(begin, end);
+      if (count_ == divergences_.block()) flush();
+    }
   }
 
   void flush() {
-    divergences_(pairs_, count_);
-    for (int i = 0; i < count_; i++) {
-      *values_[i] = pairs_[i].value;
-      if (!converts_) continue;
-      finish_row(grads_[0][i], dtype_.grad_student, C_, pairs_[i].grad_student);
-      finish_row(grads_[1][i], dtype_.teacher, C_, pairs_[i].grad_teacher);
+    if (count_ == 0) return;
+    divergences_(rows_, count_);
+    for (int k = 0; k < count_; k++) *values_[k] = rows_.value[k];
+    for (int k = 0; converts_ && k < count_; k++) {
+      finish_row(grads_[0][k], dtype_.grad_student, C_, rows_.grad_student[k]);
+      finish_row(grads_[1][k], dtype_.teacher, C_, rows_.grad_teacher[k]);
     }
     count_ = 0;
   }
 
  private:
   // From the rows as they are to rows of Float.
-  void convert(DivergenceRow<Float>& row) {
-    const int64_t at = count_ * C_;
-    grads_[0][count_] = row.grad_student;
-    grads_[1][count_] = row.grad_teacher;
-    row.student = load_row(row.student, dtype_.student, C_, rows_[0] + at);
-    row.teacher = load_row(row.teacher, dtype_.teacher, C_, rows_[1] + at);
-    if (row.grad_student)
-      row.grad_student = begin_row(row.grad_student, dtype_.grad_student, rows_[2] + at);
-    if (row.grad_teacher)
-      row.grad_teacher = begin_row(row.grad_teacher, dtype_.teacher, rows_[3] + at);
+  void convert(int begin, int end) {
+    for (int k = begin; k < end; k++) {
+      const int64_t at = k * C_;
+      grads_[0][k] = rows_.grad_student[k];
+      grads_[1][k] = rows_.grad_teacher[k];
+      rows_.student[k] = load_row(rows_.student[k], dtype_.student, C_, converted_[0] + at);
+      rows_.teacher[k] = load_row(rows_.teacher[k], dtype_.teacher, C_, converted_[1] + at);
+      if (grads_[0][k])
+        rows_.grad_student[k] = begin_row(grads_[0][k], dtype_.grad_student, converted_[2] + at);
+      if (grads_[1][k])
+        rows_.grad_teacher[k] = begin_row(grads_[1][k], dtype_.teacher, converted_[3] + at);
+    }
   }
 
   Divergences<Float> divergences_;
   const DivergenceDtypes dtype_;
   const int64_t C_;
   bool converts_;  // one of the dtypes is not Float's
-  Float* rows_[4];
+  Float* converted_[4];
   int count_ = 0;
-  DivergenceRow<Float> pairs_[kMaxRows];
+  DivergenceRows<Float> rows_;
   void* grads_[2][kMaxRows];
   double* values_[kMaxRows];
 };

@@ -26,6 +26,10 @@ class Rows {
         bytes_(data ? size_of(dtype) : 0),
         step_(stride() * bytes_) {}
 
+  // From row `row` on, as far as there is one stride.
+  KDKERNELS_INLINE RowsAt from(int64_t row) const {
+    return {static_cast<char*>((*this)[row]), step_};
+  }
   KDKERNELS_INLINE void* operator[](int64_t row) const {
     if (dims_ <= 1) return data_ + row * step_;
     int64_t element = 0;
@@ -96,6 +100,7 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
       std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C)) / block;
   const int64_t chunk = std::max<int64_t>(1, blocks) * block;
   const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
+  const int64_t inner = dims > 0 ? layout[dims - 1] : 1;  // rows with one stride
   const Rows students(student, student_dtype, dims, layout, 0);
   const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
   const Rows student_grads(grad_student, student_dtype, dims, layout, 2);
@@ -114,14 +119,15 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks; i++) {
       const int64_t end = std::min(rows, (i + 1) * chunk);
-      for (int64_t r = i * chunk; r < end; r++) {
+      for (int64_t r = i * chunk, n; r < end; r += n) {
+        n = weight ? 1 : std::min(end, r / inner * inner + inner) - r;
         if (weight && weight[r] == 0) {
           if (grad_student) std::memset(student_grads[r], 0, size_t(C * size_of(student_dtype)));
           if (grad_teacher) std::memset(teacher_grads[r], 0, size_t(C * size_of(teacher_dtype)));
           row_loss[r] = 0;
         } else {
-          block.add(students[r], teachers[r], student_grads[r], teacher_grads[r], factor(r),
-                    row_loss + r);
+          block.add(n, students.from(r), teachers.from(r), student_grads.from(r),
+                    teacher_grads.from(r), factor(r), row_loss + r);
         }
       }
       block.flush();

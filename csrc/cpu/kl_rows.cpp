@@ -23,8 +23,8 @@ namespace {
 // Classes summed in float before the sum goes on in double, so that rounding does not grow with C.
 constexpr int64_t kSumBlock = 32 * kLanes<float>;
 
-KDKERNELS_INLINE float factor(const KLRow& row, KLScales scale) {
-  return float(row.factor) * scale.q;
+KDKERNELS_INLINE float factor(const KLRows& rows, int r, KLScales scale) {
+  return float(rows.factor[r]) * scale.q;
 }
 
 // d0, in units of the logits where there is one temperature.
@@ -56,20 +56,19 @@ struct Maxima {
 
 // Rows number `index[0..n)` of the block, all of them near; `reference`: c of each.
 template <bool kSameTemperature>
-void near_rows(KLRow* rows, const int* index, const float* reference, int n, int64_t C,
+void near_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
                KLScales scale, const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   double sum[kMaxRows] = {}, change[kMaxRows] = {}, kl[kMaxRows] = {};
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
     VecF32 sums[kMaxRows], changes[kMaxRows];
     for (int i = 0; i < n; i++) {
-      const KLRow& row = rows[index[i]];
+      const float *const teacher = rows.teacher[index[i]], *const student = rows.student[index[i]];
       float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
-                     q = load_n(row.student + c, lanes, -kInf);
+        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]);
         const VecF32 e = exp<float>(p - largest.p[index[i]], scale.p);
         row_sum += e;
@@ -87,32 +86,32 @@ void near_rows(KLRow* rows, const int* index, const float* reference, int n, int
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
     VecF32 kls[kMaxRows];
     for (int i = 0; i < n; i++) {
-      const KLRow& row = rows[index[i]];
-      const float* const exps = scratch + 2 * index[i] * C;
+      const int r = index[i];
+      const float *const teacher = rows.teacher[r], *const student = rows.student[r];
+      const float* const exps = scratch + 2 * r * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
-                     q = load_n(row.student + c, lanes, -kInf);
+        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
-        if (row.grad_student)
-          store_n(row.grad_student + c, prob * (plus - d) * factor(row, scale), lanes);
+        if (rows.grad_student[r])
+          store_n(rows.grad_student[r] + c, prob * (plus - d) * factor(rows, r, scale), lanes);
       });
       kls[i] = row_kl;
     }
     add_rows(kls, n, kl);
   }
-  for (int i = 0; i < n; i++) rows[index[i]].value = kl[i];
+  for (int i = 0; i < n; i++) rows.value[index[i]] = kl[i];
 }
 
 // d of a class of rows that are not near, from the logits less their maxima: what is rounded is
 // small wherever the probability is not. One product where there is one temperature, so that equal
 // logits have d0 = 0 exactly.
 template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 far_difference(VecF32 p, VecF32 q, KLScales scale) {
+KDKERNELS_INLINE VecF32 close_difference(VecF32 p, VecF32 q, KLScales scale) {
   return kSameTemperature ? (p - q) * scale.p : p * scale.p - q * scale.q;
 }
 
@@ -120,13 +119,13 @@ KDKERNELS_INLINE VecF32 far_difference(VecF32 p, VecF32 q, KLScales scale) {
 // probabilities: the terms p d + q - p and the differences q - p from d where it is small. The
 // exponentials are in `scratch`.
 template <bool kSameTemperature>
-void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
+void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale,
                 const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int i = 0; i < n; i++) {
-    KLRow& row = rows[index[i]];
-    const float p_max = largest.p[index[i]], q_max = largest.q[index[i]];
-    const float *const p_exps = scratch + 2 * index[i] * C, *const q_exps = p_exps + C;
+    const int row = index[i];
+    const float p_max = largest.p[row], q_max = largest.q[row];
+    const float *const p_exps = scratch + 2 * row * C, *const q_exps = p_exps + C;
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
     double sum[2] = {-1, -1}, kl = 0;
@@ -149,20 +148,21 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(row.teacher + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(row.student + c, lanes, -kInf) - q_max;
-        const VecF32 d = far_difference<kSameTemperature>(p, q, scale) + shift;
+        const VecF32 p = load_n(rows.teacher[row] + c, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(rows.student[row] + c, lanes, -kInf) - q_max;
+        const VecF32 d = close_difference<kSameTemperature>(p, q, scale) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
         const auto close = abs<float>(d) < 0.25f;
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
-        if (row.grad_student) store_n(row.grad_student + c, change * factor(row, scale), lanes);
+        if (rows.grad_student[row])
+          store_n(rows.grad_student[row] + c, change * factor(rows, row, scale), lanes);
       });
       kl += double(reduce_add(row_kl));
     }
-    row.value = kl;
+    rows.value[row] = kl;
   }
 }
 
@@ -172,9 +172,11 @@ void close_rows(KLRow* rows, const int* index, int n, int64_t C, KLScales scale,
 // class left are among them. The exponentials stay in `scratch`.
 constexpr double kFarLoss = 0.125;
 constexpr float kFarGradient = 0.1f;
+// In place of d where that is -inf, or NaN: p is 0 there.
+constexpr float kNoDifference = -1e30f;
 
-template <bool kSameTemperature, int kVectors>
-void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
+template <int kVectors>
+void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
               bool* is_far) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int W = kLanes<float>;
@@ -183,37 +185,36 @@ void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, fl
   for (int r = 0; r < n; r++) {
     VecF32 p_high = broadcast(-kInf), q_high = p_high;
     for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
-      p_high = max(p_high, load_n(rows[r].teacher + i, lanes, -kInf));
-      q_high = max(q_high, load_n(rows[r].student + i, lanes, -kInf));
+      p_high = max(p_high, load_n(rows.teacher[r] + i, lanes, -kInf));
+      q_high = max(q_high, load_n(rows.student[r] + i, lanes, -kInf));
     });
     a[r] = p_high, b[r] = q_high;
   }
   store(largest.p, reduce_rows(a, n, larger));
   store(largest.q, reduce_rows(b, n, larger));
 
+  // Logarithms are to the base 2 until the sums are complete.
+  const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
   constexpr int64_t block = kVectors ? int64_t(kVectors) * W : kSumBlock;
   for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     for (int r = 0; r < n; r++) {
-      const float *const teacher = rows[r].teacher + begin, *const student =
-                                                                rows[r].student + begin;
-      const float* const grad = rows[r].grad_student ? rows[r].grad_student + begin : nullptr;
+      const float *const teacher = rows.teacher[r] + begin, *const student =
+                                                                rows.student[r] + begin;
+      const float* const grad = rows.grad_student[r] ? rows.grad_student[r] + begin : nullptr;
       float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
       const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
       VecF32 row_p{}, row_q{}, row_p_d{};
       for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
-        const VecF32 p = load_n(teacher + i, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(student + i, lanes, -kInf) - q_max;
-        if constexpr (kVectors == 0) {
-          __builtin_prefetch(teacher + i + scale.p_ahead);
-          __builtin_prefetch(student + i + scale.q_ahead);
-          if (grad) __builtin_prefetch(grad + i, 1);
-        }
-        const VecF32 p_exp = exp<float>(p, scale.p), q_exp = exp<float>(q, scale.q);
+        const VecF32 p = (load_n(teacher + i, lanes, -kInf) - p_max) * p_scale;
+        const VecF32 q = (load_n(student + i, lanes, -kInf) - q_max) * q_scale;
+        __builtin_prefetch(teacher + i + scale.p_ahead);
+        __builtin_prefetch(student + i + scale.q_ahead);
+        if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
+        const VecF32 p_exp = exp2(p), q_exp = exp2(q);
         row_p += p_exp;
         row_q += q_exp;
-        const VecF32 d = far_difference<kSameTemperature>(p, q, scale);
-        row_p_d = p_exp > 0 ? row_p_d + p_exp * d : row_p_d;
+        row_p_d += p_exp * max(p - q, broadcast(kNoDifference));
         store_n(p_exps + i, p_exp, lanes);
         store_n(q_exps + i, q_exp, lanes);
       });
@@ -225,10 +226,10 @@ void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, fl
   }
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
-  for (int r = 0; r < n; r++) p_row[r] = float(rows[r].factor) * scale.q;
+  for (int r = 0; r < n; r++) p_row[r] = factor(rows, r, scale);
   for (int r = 0; r < n; r += kLanes<double>) {  // lane i is row r + i
     const VecF64 p = load<VecF64>(p_sum + r), q = load<VecF64>(q_sum + r), p_factor = 1.0 / p;
-    const VecF64 kl = load<VecF64>(p_d + r) * p_factor + log2_of(q * p_factor) * kLn2;
+    const VecF64 kl = (load<VecF64>(p_d + r) * p_factor + log2_of(q * p_factor)) * kLn2;
     store(p_d + r, q == q ? kl : q);
     store(p_sum + r, p_factor);
     store(q_sum + r, 1.0 / q);
@@ -237,14 +238,14 @@ void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, fl
   for (int r = 0; r < n; r++) {
     q_row[r] = float(q_sum[r]) * p_row[r];
     p_row[r] = float(p_sum[r]) * p_row[r];
-    rows[r].value = p_d[r];
+    rows.value[r] = p_d[r];
     is_far[r] = p_d[r] >= kFarLoss;
     masked |= p_d[r] == kInf;
   }
 
   for (int r = 0; r < n; r++) {
     const float *const p_exps = scratch + 2 * r * C, *const q_exps = p_exps + C;
-    float* const grad = rows[r].grad_student;
+    float* const grad = rows.grad_student[r];
     if (!grad || !is_far[r]) continue;
     const VecF32 p_factor = broadcast(p_row[r]), q_factor = broadcast(q_row[r]);
     const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
@@ -258,9 +259,9 @@ void far_rows(KLRow* rows, int n, int64_t C, KLScales scale, Maxima& largest, fl
     is_far[r] = any(high >= small);
   }
   for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
-    float* const grad = rows[r].grad_student;
+    float* const grad = rows.grad_student[r];
     for (int64_t i = 0; grad && is_far[r] && i < C; i++)
-      grad[i] = rows[r].student[i] > -kInf ? grad[i] : 0.0f;
+      grad[i] = rows.student[r][i] > -kInf ? grad[i] : 0.0f;
   }
 }
 
@@ -271,13 +272,13 @@ struct Way {
 };
 
 template <bool kSameTemperature>
-Way way_of(const KLRow& row, int64_t C, KLScales scale, float p_max, float q_max) {
+Way way_of(const float* teacher, const float* student, int64_t C, KLScales scale, float p_max,
+           float q_max) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   VecF32 d_high = broadcast(-kInf), d_low = broadcast(kInf);
   VecI32 nan{};
   for_each_vector<float>(C, [&](int64_t c, int lanes) {
-    const VecF32 p = load_n(row.teacher + c, lanes, -kInf),
-                 q = load_n(row.student + c, lanes, -kInf);
+    const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
     const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
     nan |= (p != p) | (q != q);
     d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
@@ -289,19 +290,20 @@ Way way_of(const KLRow& row, int64_t C, KLScales scale, float p_max, float q_max
 }
 
 template <bool kSameTemperature, int kVectors>
-void kl_rows_of(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
   bool is_far[kMaxRows];
-  far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far);
+  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
-    const Way way = way_of<kSameTemperature>(rows[r], C, scale, largest.p[r], largest.q[r]);
+    const Way way = way_of<kSameTemperature>(rows.teacher[r], rows.student[r], C, scale,
+                                             largest.p[r], largest.q[r]);
     if (!way.valid) {
-      rows[r].value = kNan;
-      if (rows[r].grad_student) std::fill(rows[r].grad_student, rows[r].grad_student + C, kNan);
+      rows.value[r] = kNan;
+      if (float* const grad = rows.grad_student[r]) std::fill(grad, grad + C, kNan);
     } else if (way.near) {
       reference[near_count] = way.reference;
       near[near_count++] = r;
@@ -317,7 +319,7 @@ void kl_rows_of(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
 
 }  // namespace
 
-void kl_rows(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch) {
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
   with_row_vectors<float>(C, [&](auto vectors) {
     if (scale.p == scale.q) {
       kl_rows_of<true, vectors()>(rows, n, C, scale, scratch);

@@ -11,15 +11,20 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// One pair of rows. Here p is the teacher's, q the student's; grad_teacher is not looked at.
+// Rows that go through the steps together: as many as stay in the first cache.
+constexpr int kMaxRows = kLanes<float>;
+inline int rows_in_block(int64_t C) { return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows)); }
+
+// Pairs of rows, of [C] each. In kl_rows p is the teacher's, q the student's, and grad_teacher is
+// not looked at.
 template <class Float>
-struct DivergenceRow {
-  const Float *student, *teacher;      // [C] logits
-  Float *grad_student, *grad_teacher;  // [C] (out), or null; none of the logits
-  double factor;                       // of the gradients
-  double value;                        // (out) the divergence
+struct DivergenceRows {
+  const Float *student[kMaxRows], *teacher[kMaxRows];      // logits
+  Float *grad_student[kMaxRows], *grad_teacher[kMaxRows];  // (out), or null; none of the logits
+  double factor[kMaxRows];                                 // of the gradients
+  double value[kMaxRows];                                  // (out) the divergences
 };
-using KLRow = DivergenceRow<float>;
+using KLRows = DivergenceRows<float>;
 
 struct KLScales {
   float p, q;  // 1 / temperature
@@ -28,13 +33,9 @@ struct KLScales {
   int64_t p_ahead, q_ahead;
 };
 
-// Rows that go through the steps together: as many as stay in the first cache.
-constexpr int kMaxRows = kLanes<float>;
-inline int rows_in_block(int64_t C) { return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows)); }
-
 // n <= rows_in_block(C) rows; scratch [n][2][C]. A row with a NaN, an infinity or no class left
 // gets NaN.
-void kl_rows(KLRow* rows, int n, int64_t C, KLScales scale, float* scratch);
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

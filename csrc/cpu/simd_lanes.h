@@ -2,46 +2,73 @@
 
 #pragma once
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// The even (kOdd: odd) lanes of `a`, then those of `b`.
-template <bool kOdd, class V>
-KDKERNELS_INLINE V every_other(V a, V b) {
-  constexpr int n = int(sizeof(V) / sizeof(a[0])), o = kOdd ? 1 : 0;
-  if constexpr (n == 16) {
-    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6, o + 8, o + 10, o + 12, o + 14,
-                                   o + 16, o + 18, o + 20, o + 22, o + 24, o + 26, o + 28, o + 30);
-  } else if constexpr (n == 8) {
-    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6, o + 8, o + 10, o + 12, o + 14);
-  } else if constexpr (n == 4) {
-    return __builtin_shufflevector(a, b, o, o + 2, o + 4, o + 6);
-  } else {
-    return __builtin_shufflevector(a, b, o, o + 2);
-  }
+// Lane i is element Pattern::at(i, lanes) of `a` and `b`, one after the other.
+template <class Pattern, class V, size_t... lane>
+KDKERNELS_INLINE V shuffle(V a, V b, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(a, b, Pattern::at(int(lane), int(sizeof...(lane)))...);
+}
+template <class Pattern, class V>
+KDKERNELS_INLINE V shuffle(V a, V b) {
+  return shuffle<Pattern>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>());
 }
 
-// One number for each of n <= lanes vectors, lane r of the result for v[r]: neighbouring lanes are
-// joined until one is left. Every vector goes through the same tree, so that its result depends
-// neither on its place nor on the vectors beside it.
+// In every group of kGroup lanes: units of kUnit lanes of `a` and of `b` in turns, from the first
+// (kLast: last) half of the group.
+template <int kGroup, int kUnit, bool kLast>
+struct Interleave {
+  static constexpr int at(int i, int lanes) {
+    const int group = i / kGroup * kGroup, unit = i % kGroup / kUnit;
+    return unit % 2 * lanes + group + (kLast ? kGroup / 2 : 0) + unit / 2 * kUnit + i % kUnit;
+  }
+};
+
+// The even (kOdd: odd) groups of kGroup lanes of `a`, then those of `b`.
+template <int kGroup, bool kOdd>
+struct EveryOther {
+  static constexpr int at(int i, int) {
+    return 2 * (i / kGroup * kGroup) + (kOdd ? kGroup : 0) + i % kGroup;
+  }
+};
+
+// Lanes of 16 bytes: within these a shuffle is cheapest.
+template <class V>
+constexpr int kShort = 16 / int(sizeof(V{}[0]));
+
+// Joins x[0] with x[1], x[2] with x[3] and so on: (n + 1) / 2 are left.
+template <class Low, class High, class V, class Operation>
+KDKERNELS_INLINE int join_neighbours(V* x, int n, Operation operation) {
+  const int pairs = (n + 1) / 2;
+#pragma GCC unroll 8
+  for (int i = 0; i < pairs; i++) {
+    const V a = x[2 * i], b = x[2 * i + 1 < n ? 2 * i + 1 : 2 * i];
+    x[i] = operation(shuffle<Low>(a, b), shuffle<High>(a, b));
+  }
+  return pairs;
+}
+
+// One number for each of n <= lanes vectors, lane r of the result for v[r]: halves of short groups
+// are joined, then neighbouring groups, until one is left. Every vector goes through the same tree,
+// so that its result depends neither on its place nor on the vectors beside it.
 template <int kRows, class V, class Operation>
 KDKERNELS_INLINE V reduce_levels(const V* v, int n, Operation operation) {
-  constexpr int lanes = int(sizeof(V) / sizeof(v[0][0]));
+  constexpr int lanes = int(sizeof(V) / sizeof(v[0][0])), group = kShort<V>;
   V x[lanes];
   if constexpr (kRows > 0) n = kRows;  // known: every loop below is unrolled
   for (int i = 0; i < n; i++) x[i] = v[i];
-#pragma GCC unroll 4
-  for (int level = lanes; level > 1; level /= 2) {
-    const int pairs = (n + 1) / 2;
-#pragma GCC unroll 8
-    for (int i = 0; i < pairs; i++) {
-      const V a = x[2 * i], b = x[2 * i + 1 < n ? 2 * i + 1 : 2 * i];
-      x[i] = operation(every_other<false>(a, b), every_other<true>(a, b));
-    }
-    n = pairs;
-  }
+  n = join_neighbours<Interleave<group, 1, false>, Interleave<group, 1, true>>(x, n, operation);
+  if constexpr (group > 2)
+    n = join_neighbours<Interleave<group, 2, false>, Interleave<group, 2, true>>(x, n, operation);
+  if constexpr (lanes > group)
+    n = join_neighbours<EveryOther<group, false>, EveryOther<group, true>>(x, n, operation);
+  if constexpr (lanes > 2 * group)
+    join_neighbours<EveryOther<group, false>, EveryOther<group, true>>(x, n, operation);
   return x[0];
 }
 template <class V, class Operation>
@@ -71,22 +98,6 @@ KDKERNELS_INLINE void add_rows(const V* lanes, int n, double* sums) {
   for (int r = 0; r < W; r++) sums[r] += double(row_sums[r]);
 }
 
-// The first (kLast: the last) halves of `a` and `b`, a lane of the one after a lane of the other.
-template <bool kLast, class V>
-KDKERNELS_INLINE V interleave(V a, V b) {
-  constexpr int n = int(sizeof(V) / sizeof(a[0])), s = kLast ? n / 2 : 0;
-  if constexpr (n == 16) {
-    return __builtin_shufflevector(a, b, s, s + 16, s + 1, s + 17, s + 2, s + 18, s + 3, s + 19,
-                                   s + 4, s + 20, s + 5, s + 21, s + 6, s + 22, s + 7, s + 23);
-  } else if constexpr (n == 8) {
-    return __builtin_shufflevector(a, b, s, s + 8, s + 1, s + 9, s + 2, s + 10, s + 3, s + 11);
-  } else if constexpr (n == 4) {
-    return __builtin_shufflevector(a, b, s, s + 4, s + 1, s + 5);
-  } else {
-    return __builtin_shufflevector(a, b, s, s + 2);
-  }
-}
-
 // Lane j of vector i becomes lane i of vector j.
 template <class V>
 KDKERNELS_INLINE void transpose(V* x) {
@@ -96,8 +107,8 @@ KDKERNELS_INLINE void transpose(V* x) {
     V y[n];
 #pragma GCC unroll 16
     for (int i = 0; i < n / 2; i++) {
-      y[2 * i] = interleave<false>(x[i], x[i + n / 2]);
-      y[2 * i + 1] = interleave<true>(x[i], x[i + n / 2]);
+      y[2 * i] = shuffle<Interleave<n, 1, false>>(x[i], x[i + n / 2]);
+      y[2 * i + 1] = shuffle<Interleave<n, 1, true>>(x[i], x[i + n / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < n; i++) x[i] = y[i];
@@ -135,35 +146,22 @@ KDKERNELS_INLINE V lookup(const V* table, VecI32 index) {
   return x;
 }
 
+// Element i - 1 + lanes (kDown: i + 1) of two vectors.
+template <bool kDown>
+struct Shift {
+  static constexpr int at(int i, int lanes) { return kDown ? i + 1 : lanes + i - 1; }
+};
+
 // Lane i takes lane i - 1 of `v`; lane 0 takes the last lane of `before`.
 template <class V>
 KDKERNELS_INLINE V shift_up(V before, V v) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  if constexpr (n == 16) {
-    return __builtin_shufflevector(before, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27,
-                                   28, 29, 30);
-  } else if constexpr (n == 8) {
-    return __builtin_shufflevector(before, v, 7, 8, 9, 10, 11, 12, 13, 14);
-  } else if constexpr (n == 4) {
-    return __builtin_shufflevector(before, v, 3, 4, 5, 6);
-  } else {
-    return __builtin_shufflevector(before, v, 1, 2);
-  }
+  return shuffle<Shift<false>>(before, v);
 }
 
 // Lane i takes lane i + 1 of `v`; the last lane takes lane 0 of `after`.
 template <class V>
 KDKERNELS_INLINE V shift_down(V v, V after) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  if constexpr (n == 16) {
-    return __builtin_shufflevector(v, after, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-  } else if constexpr (n == 8) {
-    return __builtin_shufflevector(v, after, 1, 2, 3, 4, 5, 6, 7, 8);
-  } else if constexpr (n == 4) {
-    return __builtin_shufflevector(v, after, 1, 2, 3, 4);
-  } else {
-    return __builtin_shufflevector(v, after, 1, 2);
-  }
+  return shuffle<Shift<true>>(v, after);
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -131,32 +131,45 @@ KDKERNELS_INLINE V small_exp(V r) {
   return polynomial<Float>(r, Simd<Float>::kExp) * (r * r) + (r + Float(1));
 }
 
-// e^(x scale) for x <= 0 (and a little above), relative error 2e-7 + 4e-8 |x scale| (float);
-// exactly 1 at 0, 0 where it would be below e^kMinExp, NaN for a NaN.
+// 2^x for x <= 0 (and a little above), relative error 2e-7; exactly 1 at 0, 0 where it would be
+// below e^kMinExp, NaN for a NaN.
+KDKERNELS_INLINE VecF32 exp2(VecF32 x) {
+  using S = Simd<float>;
+  constexpr float lowest = float(S::kMinExp * kLog2e);
+#if defined(__FMA__)
+  const VecF32 n = nearest<float>(x);
+#else
+  const VecF32 n = (x + S::kRound) - S::kRound;
+#endif
+  const VecF32 r = x - n;
+  VecF32 y = broadcast(S::kExp2[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; i--) y = y * r + S::kExp2[i];
+  y = y * r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+  return (VecF32)_mm512_maskz_scalef_ps(counts, (__m512)y, (__m512)n);
+#else
+  const VecU32 power = (VecU32)(n + S::kRound) << S::kMantissaBits;  // what overflows is not taken
+  return x < lowest ? VecF32{} : x == x ? (VecF32)((VecU32)y + power) : x;
+#endif
+}
+
+// e^(x scale), the same otherwise; relative error 2e-7 + 4e-8 |x scale| (float).
 template <class Float>
 KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
-  using S = Simd<Float>;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Float) == 4) {  // 2^n 2^r, without a detour by integers
-    const float factor = float(scale * kLog2e);
-    const Vec<Float> scaled = x * factor;
-    const __mmask16 positive =
-        _mm512_cmp_ps_mask((__m512)scaled, _mm512_set1_ps(float(S::kMinExp * kLog2e)), _CMP_NLT_UQ);
-    const Vec<Float> n = nearest<Float>(scaled);
-    const Vec<Float> r = x * factor - n;
-    Vec<Float> y = broadcast(S::kExp2[4]);
-#pragma GCC unroll 4
-    for (int i = 3; i >= 0; i--) y = y * r + S::kExp2[i];
-    return (Vec<Float>)_mm512_maskz_scalef_ps(positive, (__m512)(y * r + 1.0f), (__m512)n);
+  if constexpr (sizeof(Float) == 4) {
+    return exp2(x * float(scale * kLog2e));
+  } else {
+    using S = Simd<Float>;
+    using U = typename S::VecUnsigned;  // its overflow is defined, in lanes that are not taken
+    const Vec<Float> scaled = x * scale;
+    const Vec<Float> shifted = scaled * kLog2e + S::kRound;
+    const Vec<Float> n = shifted - S::kRound;
+    const Vec<Float> r = (scaled - n * S::kLn2Hi) - n * S::kLn2Lo;
+    const U y = (U)small_exp<Float>(r) + ((U)shifted << S::kMantissaBits);
+    return scaled < S::kMinExp ? Vec<Float>{} : x == x ? (Vec<Float>)y : x;
   }
-#endif
-  using U = typename S::VecUnsigned;  // its overflow is defined, in lanes that are not taken
-  const Vec<Float> scaled = x * scale;
-  const Vec<Float> shifted = x * Float(scale * kLog2e) + S::kRound;
-  const Vec<Float> n = shifted - S::kRound;
-  const Vec<Float> r = (scaled - n * S::kLn2Hi) - n * S::kLn2Lo;
-  const U y = (U)small_exp<Float>(r) + ((U)shifted << S::kMantissaBits);
-  return scaled < S::kMinExp ? Vec<Float>{} : x == x ? (Vec<Float>)y : x;
 }
 
 // expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4: never negative, relative error 1e-7 (float).

@@ -20,7 +20,9 @@ struct CTCExtra {
   int labels;
   int64_t blank;
   const int32_t *label, *next, *first;
-  const Float* occupancy;
+  const Float* occupancies;  // of position 0
+  int first_position, direction, width;
+  int64_t slab;  // from one to the next, in elements
 
   KDKERNELS_DEVICE CTCExtra(const CTCProblem<Float>& p, const Utterance& u, int64_t t, int64_t n,
                             bool live)
@@ -33,7 +35,17 @@ struct CTCExtra {
     if (posteriors) factor = Float(scale != scale ? scale : 0.0);
     labels = corrects ? u.labels : 0;
     label = p.label + u.base, next = p.next + u.base, first = p.first + u.base;
-    occupancy = p.occupancy + p.T * u.base + t * (labels + 1);
+    // As the second half of a direction left them: of beta up to the middle, of alpha from there.
+    const bool forward = t >= p.frames(u) / 2;
+    direction = forward ? 1 : -1;
+    first_position = forward ? 1 : p.slabs(u) * p.width - 2;
+    width = p.width, slab = p.frames() * p.width;
+    occupancies = p.occupancy + u.slab * slab + t * p.width;
+  }
+
+  KDKERNELS_DEVICE Float occupancy(int k) const {
+    const int position = first_position + direction * k;
+    return occupancies[position / width * slab + position % width];
   }
 
   template <class Real>
@@ -51,14 +63,14 @@ struct CTCExtra {
   KDKERNELS_DEVICE void correct(const AnyGroup& group, bool active, F set) const {
     const int size = active ? labels : 0;
     Float sum = 0;
-    for (int k = group.rank; k < size; k += group.size) sum += occupancy[k];
+    for (int k = group.rank; k < size; k += group.size) sum += occupancy(k);
     sum = group.template reduce<Sum>(sum);
     group.sync();  // what the group wrote before is overwritten
     if (!active || !corrects) return;
     for (int k = group.rank; k < size; k += group.size) {
       if (!first[k]) continue;
-      Float all = occupancy[k];
-      for (int i = next[k]; i >= 0; i = next[i]) all += occupancy[i];
+      Float all = occupancy(k);
+      for (int i = next[k]; i >= 0; i = next[i]) all += occupancy(i);
       set(int64_t(label[k]), -Float(scale) * all);
     }
     // The rest of a frame is blank's.

@@ -22,7 +22,7 @@ constexpr int kZeroState = -(1 << 27), kZeroSymbol = kZeroState / 4;
 // A likelihood below 2^kZeroLikelihood passed through a symbol with probability 0.
 constexpr int kZeroLikelihood = kZeroSymbol / 2;
 
-constexpr int kAhead = 8;           // frames that are loaded ahead, past both ends of an utterance
+constexpr int kAhead = 8;            // frames that are loaded ahead, past both ends of an utterance
 constexpr int kPeriod = 2 * kAhead;  // utterances have whole periods of frames
 
 template <class Real>
@@ -73,12 +73,12 @@ struct CTCProblem {
   int width;  // 32, 64 or 128
 
   // Workspace. Arrays of labels hold labels(n) + 1 elements of each utterance, from its base on.
-  Utterance* utterances;          // [N]
-  double* totals;                 // labelled utterances, weight of all frames
-  unsigned* counter;              // of blocks
-  int32_t *label, *next, *first;  // labels; the next equal one or -1; whether none before is equal
-  Float* max;                     // [N][T] largest logit
-  double* rest;                   // [N][T] sum of exp(logit - max), less 1
+  Utterance* utterances;           // [N]
+  double* totals;                  // labelled utterances, weight of all frames
+  unsigned* counter;               // of blocks
+  int32_t *label, *next, *first;   // labels; the next equal one or -1; whether none before is equal
+  Float* max;                      // [N][T] largest logit
+  double* rest;                    // [N][T] sum of exp(logit - max), less 1
   Number<Float>* blank_emissions;  // [N][frames()] exp(logit - max)
   Number<Float>* emissions;        // slabs, or, by_class, one of each utterance: see emission_at
   Number<Float>* stored;           // slabs: labels of the first halves, as their direction has them
@@ -106,9 +106,7 @@ struct CTCProblem {
   __host__ __device__ int64_t slab_of(int64_t n, int64_t labels) const {
     return target_stride_n < 0 ? (labels + 2 * n) / width + n : n * ((S + 1 + width) / width);
   }
-  KDKERNELS_DEVICE int slabs(const Utterance& u) const {
-    return (u.labels + 1 + width) / width;
-  }
+  KDKERNELS_DEVICE int slabs(const Utterance& u) const { return (u.labels + 1 + width) / width; }
   // Where position `i` of frame 0 lies in a table of slabs; a frame on, it is `width` further.
   KDKERNELS_DEVICE int64_t at(const Utterance& u, int i) const {
     return (u.slab + i / width) * frames() * width + i % width;
@@ -148,7 +146,6 @@ class Pieces {
   char* memory_;
   int64_t used_ = 0;
 };
-
 
 // Sizes must stand in `p`, and whether targets are concatenated. Returns the bytes used.
 template <class Float>

@@ -7,15 +7,15 @@
 //   x       = blank[k] + label[k - 1]
 //   blank'  = p(blank) x
 //   label'  = p(label) (label[k] + (may skip ? x : blank[k]))
-// A lane holds kPairs of them in registers, a warp a slab. The neighbour comes by a shuffle within a
-// warp, and between warps through shared memory, a chunk of frames at a time: each warp runs one
+// A lane holds kPairs of them in registers, a warp a slab. The neighbour comes by a shuffle within
+// a warp, and between warps through shared memory, a chunk of frames at a time: each warp runs one
 // chunk behind the one before it, so that the block's barrier comes once a chunk. More slabs than
 // warps are done in tiles, one after the other, which hand over through global memory.
 //
-// A direction counts positions and frames from its own start; its first pair is one without a label,
-// so that what the first lane's shuffle brings, its own last label, ends in a probability of 0.
-// Halves are of whole chunks, and tables have rows of a fixed size, so that a frame has no tests and
-// its addresses are a pointer and a constant.
+// A direction counts positions and frames from its own start; its first pair is one without a
+// label, so that what the first lane's shuffle brings, its own last label, ends in a probability of
+// 0. Halves are of whole chunks, and tables have rows of a fixed size, so that a frame has no tests
+// and its addresses are a pointer and a constant.
 
 #pragma once
 
@@ -28,12 +28,13 @@ namespace cuda {
 
 constexpr int kMostWarps = 4;  // of a direction
 
-// The number of a chunk's mantissas stays within 2^-8 and 2^24 of 1, so that the exponent field takes
-// a shift as far as this; what is farther below counts for nothing.
+// The number of a chunk's mantissas stays within 2^-8 and 2^24 of 1, so that the exponent field
+// takes a shift as far as this; what is farther below counts for nothing.
 template <class Real>
 constexpr int kFarBelow = sizeof(Real) == 8 ? -900 : -100;
 
-// a.m 2^(a.e - top), where a.e - top is no more than a little above 0; about 0 where it is far below.
+// a.m 2^(a.e - top), where a.e - top is no more than a little above 0; about 0 where it is far
+// below.
 KDKERNELS_DEVICE float shifted(Number<float> a, int minus_top) {
   const int n = __viaddmax_s32(a.e, minus_top, kFarBelow<float>);
   return __int_as_float(__float_as_int(a.m) + n * (1 << 23));
@@ -159,7 +160,7 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states,
       for (int j = 0; j < kPairs; j++) p_label[f][j] = emission[j][at * kStep];
       if (kSecond) met[f] = *reinterpret_cast<const Numbers*>(met_at + at * kStep);
     };
-    int loaded = -1;  // the chunk whose frames are in registers
+    int loaded = -1;                       // the chunk whose frames are in registers
     Number<double> handed{1, kZeroState};  // what the tile before hands over, a frame a lane
     const bool takes_over = kRing && d.warp == 0, hands = d.lane < kFrames;
     if (takes_over && tile > 0 && hands) handed = d.boundary[begin + d.lane];

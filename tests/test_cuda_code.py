@@ -111,8 +111,8 @@ MOST = {"sm_80": 36, "sm_90": 29}
 
 @ARCHS
 def test_frames_of_the_recursion(arch):
-    """A chunk of frames is a piece of straight code in a loop, and shuffles twice a frame. All of it
-    counts: loads, stores, shuffles, addresses, normalisation. No special function, no local
+    """A chunk of frames is a piece of straight code in a loop, and shuffles twice a frame. All of
+    it counts: loads, stores, shuffles, addresses, normalisation. No special function, no local
     memory, and no barrier in it: where warps hand over there is one for all its frames."""
     branch = re.compile(r"\b(BRA(?!\.DIV)|BSYNC|BAR|EXIT|WARPSYNC)\b")  # .DIV: lanes that diverged
     for name, code in _machine_code(arch, RECURSION).items():

@@ -1,11 +1,12 @@
 """Everything that only a GPU can show, in one command:
 
-    python benchmarks/gpu.py [--only build test sanitize measure] [--json FILE]
+    python benchmarks/gpu.py [--only build test sanitize measure] [--limit SECONDS] [--json FILE]
 
 Builds the extension where it is missing, runs the tests of the device, runs compute-sanitizer over
 some of them where it is installed, and measures the rows below: CUDA events, caches emptied before
-every step, medians. Writes one JSON file and a table beside it; steps that were not asked for keep
-what the file says of them, so that a machine lent for minutes can do them one by one.
+every step, medians. Writes one JSON file and a table beside it, after every row; steps and rows
+that were not asked for keep what the file says of them, so that a machine lent for minutes can do
+them one by one. A command that outlasts the limit is stopped, and said to be.
 """
 
 import argparse
@@ -13,9 +14,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,6 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "test", "sanitize", "measure")
 BACKENDS = ("cuda", "triton")
+CHECKS = ("memcheck", "racecheck")
 
 
 class Row(NamedTuple):
@@ -74,61 +80,89 @@ ROWS += [
 # ------------------------------------------------------------------------------ build and tests
 
 
-def run(command, **environment):
-    """(exit status, last lines) of a command, whose output is shown as well."""
+TIMED_OUT = 124
+
+
+def run(command, limit, **environment):
+    """Exit status and last lines of a command, whose output is shown as well."""
     print("$", *command, flush=True)
     process = subprocess.Popen(
         [str(x) for x in command], cwd=ROOT, env={**os.environ, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    late = threading.Event()
+
+    def stop():
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, which hold the pipe
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line.rstrip())
-    return process.wait(), lines[-25:]
+    status = process.wait()
+    timer.cancel()
+    return outcome(TIMED_OUT if late.is_set() else status, lines[-25:])
 
 
 def outcome(status, lines):
     return {"status": status, "said": lines}
 
 
-def build(_):
-    """Installs the package, editable, unless it is there with the kernels of the GPU."""
+def build(args):
+    """Installs the package, editable, unless it is there with the kernels of the GPU. Compiled is
+    for this GPU alone, which takes a third of the time."""
     there = "from kdkernels import _C; _C.cuda"
-    if not subprocess.run([sys.executable, "-c", f"import torch; {there}"], cwd=ROOT).returncode:
+    found = subprocess.run(
+        [sys.executable, "-c", f"import torch; {there}"], cwd=ROOT, capture_output=True
+    )
+    if not found.returncode:
         return outcome(0, ["already built"])
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-    return outcome(*run(pip))
+    major, minor = torch.cuda.get_device_capability()
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v"]
+    pip += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}", "-e", "."]
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return run(pip, args.limit, CUDACXX=nvcc)
+
+
+def operator_tests():
+    """Tests of the operators: they need nothing but torch, pytest, hypothesis and numpy."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [path for path in files if re.search(r"^OPS\b", path.read_text(), re.MULTILINE)]
 
 
 def pytest(*arguments):
+    """A warning is no error here: torch is the machine's, not the one that is tested against."""
+    plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
+    return [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
+
+
+def test(args):
+    """Every operator's tests on the device, and what needs a device."""
+    places = " or ".join(f"cuda-{name}" for name in (*args.backend, "reference"))
     workers = []
     if importlib.util.find_spec("xdist"):
         workers = ["-n", str(min(8, os.cpu_count()))]
-    return [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
+    return run(pytest(*workers, *operator_tests(), "-k", places), args.limit)
 
 
-def test(_):
-    """Every test that runs on the device, on every backend of it, and what needs a device."""
-    return outcome(*run(pytest("-k", "cuda-cuda or cuda-triton or cuda-reference or test_gpu")))
-
-
-def sanitize(_):
+def sanitize(args):
     """Out-of-bounds accesses and races in the compiled kernels: the edges, every operator."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if tool is None:
-        return {"status": None, "said": ["compute-sanitizer is not installed"]}
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_edges.py", "-k", "cuda-cuda"]
+        return outcome(None, ["compute-sanitizer is not installed"])
+    tests = pytest("-x", ROOT / "tests" / "test_edges.py", "-k", "cuda-cuda")
     results = {}
-    for check in ("memcheck", "racecheck"):
-        status, lines = run(
-            [tool, "--tool", check, "--error-exitcode", 9, "--target-processes", "all", *tests],
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    for check in args.check:
+        command = [tool, "--tool", check, "--error-exitcode", 9, "--target-processes", "all"]
+        results[check] = run(
+            [*command, *tests], args.limit / len(args.check), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
         )
-        results[check] = outcome(status, lines)
-    return {"status": max(x["status"] for x in results.values()), **results}
+    return {"status": max(abs(x["status"]) for x in results.values()), **results}
 
 
 # --------------------------------------------------------------------------------- measurements
@@ -146,7 +180,8 @@ class Timer:
             step()
         events = []
         for _ in range(self.rounds):
-            self.flush.zero_()  # takes longer than the host needs to launch the step
+            for _ in range(2):  # takes longer than the host needs to launch the step
+                self.flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             step()
@@ -202,10 +237,11 @@ def liger_step(inputs, temperature):
     return step
 
 
-def measure_row(row, timer, bandwidth):
+def measure_row(row, timer, bandwidth, names):
     from kdkernels.bench import contenders as c
     from kdkernels.bench.shapes import Shape
 
+    torch.compiler.reset()  # what was compiled for other shapes counts against a limit
     dtype = getattr(torch, row.dtype)
     shape = Shape(row.op, row.T, row.N, row.C, row.S)
     inputs = c.make_inputs(shape, dtype, "cuda")
@@ -217,7 +253,7 @@ def measure_row(row, timer, bandwidth):
             steps["liger"] = liger
     seconds = {name: time(step) for name, step in steps.items()}
     result = {"op": row.op, "shape": row.label, "seconds": seconds, "floors": row.floors}
-    for backend in BACKENDS:
+    for backend in names:
 
         def loss(of, backend=backend):
             return c.step_of(lambda i, x: of(i, x, backend=backend), inputs)
@@ -233,23 +269,35 @@ def measure_row(row, timer, bandwidth):
         if "ns_a_frame" in row.floors:
             words = ("recursion_kernel",) if backend == "cuda" else ("ctc_first", "ctc_second")
             total = sum(kernel_seconds(step, word) for word in words)
-            figures["ns_a_frame"] = total / row.T * 1e9
+            if total > 0:  # else the profiler saw nothing
+                figures["ns_a_frame"] = total / row.T * 1e9
         result[backend] = figures
     return result
 
 
-def measure(args):
+def measure(args, before, save):
+    """Rows that fail say why, and the others are measured all the same."""
     timer = Timer(args.rounds)
     bandwidth = copy_bandwidth(timer)
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-    rows = []
+    rows = {r["op"] + r["shape"]: r for r in before.get("rows", [])}
+    result = {"status": 0, "copy_bytes_per_second": bandwidth}
     for row in ROWS:
         if args.row and args.row not in f"{row.op} {row.label}":
             continue
-        rows.append(measure_row(row, timer, bandwidth))
-        print(json.dumps(rows[-1]), flush=True)
+        try:
+            found = measure_row(row, timer, bandwidth, args.backend)
+        except Exception:
+            result["status"] = 1
+            found = {"op": row.op, "shape": row.label, "error": traceback.format_exc()[-2000:]}
+        print(json.dumps(found), flush=True)
+        old = rows.get(row.op + row.label, {})  # of the other backend, perhaps
+        old.pop("error", None)
+        seconds = {**old.get("seconds", {}), **found.get("seconds", {})}
+        rows[row.op + row.label] = {**old, **found, "seconds": seconds}
+        save({**result, "rows": list(rows.values())})
         torch.cuda.empty_cache()
-    return {"status": 0, "copy_bytes_per_second": bandwidth, "rows": rows}
+    return {**result, "rows": list(rows.values())}
 
 
 # --------------------------------------------------------------------------------------- report
@@ -264,7 +312,7 @@ def text_of(command):
         return "unknown"
 
 
-def describe():
+def describe(commit):
     import triton
 
     return {
@@ -277,7 +325,7 @@ def describe():
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": text_of(["git", "describe", "--always", "--dirty", "--abbrev=40"]),
+        "commit": commit or text_of(["git", "describe", "--always", "--dirty", "--abbrev=40"]),
     }
 
 
@@ -304,7 +352,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     p.add_argument("--row", help="measure only rows whose operator and shape contain this")
+    p.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
+    p.add_argument("--check", nargs="+", choices=CHECKS, default=CHECKS, help="of the sanitizer")
     p.add_argument("--rounds", type=int, default=25)
+    p.add_argument("--limit", type=float, default=3600, help="seconds for a step's command")
+    p.add_argument("--commit", help="where the sources are no git checkout")
     p.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/gpu/gpu.json")
     args = p.parse_args()
     if not torch.cuda.is_available():
@@ -315,18 +367,24 @@ def main():
         )
         return 2
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
-    failed = False
-    for name in STEPS:
-        if name not in args.only:
-            continue
-        start = perf_counter()
-        result[name] = globals()[name](args)
-        result[name]["seconds"] = perf_counter() - start
-        result["machine"] = describe()
-        failed = failed or bool(result[name]["status"])
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+    result["machine"] = describe(args.commit)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(name, found):
+        result[name] = found
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         args.json.with_suffix(".md").write_text(table(result) + "\n")
+
+    failed = False
+    steps = {"build": build, "test": test, "sanitize": sanitize}
+    for name in (x for x in STEPS if x in args.only):
+        start = perf_counter()
+        if name == "measure":
+            found = measure(args, result.get(name, {}), lambda done: save("measure", done))
+        else:
+            found = steps[name](args)
+        save(name, {**found, "seconds": perf_counter() - start})
+        failed = failed or bool(found["status"])
     print(table(result))
     return 1 if failed else 0
 

@@ -10,30 +10,38 @@
 namespace kdkernels {
 namespace cuda {
 
-// The CTC part of one frame's gradient, as kl_row and divergence_row take it.
+// The CTC part of one frame's gradient, as kl_row and divergence_row take it. Held are few values,
+// since they live as long as the row does; the rest is the problem's.
 template <class Float>
 struct CTCExtra {
-  double scale;     // d(returned loss) / d(loss of the utterance); NaN, or 0 where it has no part
-  bool posteriors;  // occupancies in place of the gradient
-  bool corrects;    // occupancies are there
+  const CTCProblem<Float>& p;
+  Float scale;  // d(returned loss) / d(loss of the utterance); NaN, or 0 where it has no part
   Float max, factor;
-  int labels;
-  int64_t blank;
-  const int32_t *label, *next, *first;
-  const Float* occupancy;
+  int labels;              // 0 where there are no occupancies
+  bool corrects, forward;  // there are; and which direction left them
+  int64_t base;
+  const Float* occupancies;  // of position 0
 
   KDKERNELS_DEVICE CTCExtra(const CTCProblem<Float>& p, const Utterance& u, int64_t t, int64_t n,
                             bool live)
-      : scale(live ? p.ctc_scale(u, n) : 0.0), posteriors(p.posteriors), blank(p.blank) {
+      : p(p), base(u.base) {
+    const double scale = live ? p.ctc_scale(u, n) : 0.0;
+    this->scale = Float(scale);
     corrects =
         live && u.runs && scale == scale && scale != 0 && p.utterance_loss[n] < double(kInfinity);
     max = corrects ? p.max[n * p.T + t] : Float(0);
-    factor =
-        corrects ? Float(scale / (1 + p.rest[n * p.T + t])) : Float(scale != scale ? scale : 0.0);
-    if (posteriors) factor = Float(scale != scale ? scale : 0.0);
+    factor = corrects && !p.posteriors ? Float(scale / (1 + p.rest[n * p.T + t]))
+                                       : Float(scale != scale ? scale : 0.0);
     labels = corrects ? u.labels : 0;
-    label = p.label + u.base, next = p.next + u.base, first = p.first + u.base;
-    occupancy = p.occupancy + p.T * u.base + t * (labels + 1);
+    // The second half of a direction left them: beta's up to the middle, alpha's from there.
+    forward = t >= p.frames(u) / 2;
+    occupancies = p.occupancy + (u.slab * p.frames() + t) * p.width;
+  }
+
+  KDKERNELS_DEVICE Float occupancy(int k) const {
+    const int width = p.width, last = (labels + 1 + width) / width * width - 1;
+    const int position = forward ? k + 1 : last - (k + 1);
+    return occupancies[position / width * (p.frames() * width) + position % width];
   }
 
   template <class Real>
@@ -49,20 +57,22 @@ struct CTCExtra {
   // set(class, change) for blank and every label, once each. All threads of the group come here.
   template <class AnyGroup, class F>
   KDKERNELS_DEVICE void correct(const AnyGroup& group, bool active, F set) const {
+    const int32_t *const label = p.label + base, *const next = p.next + base;
+    const int32_t* const first = p.first + base;
     const int size = active ? labels : 0;
     Float sum = 0;
-    for (int k = group.rank; k < size; k += group.size) sum += occupancy[k];
+    for (int k = group.rank; k < size; k += group.size) sum += occupancy(k);
     sum = group.template reduce<Sum>(sum);
     group.sync();  // what the group wrote before is overwritten
     if (!active || !corrects) return;
     for (int k = group.rank; k < size; k += group.size) {
       if (!first[k]) continue;
-      Float all = occupancy[k];
-      for (int i = next[k]; i >= 0; i = next[i]) all += occupancy[i];
-      set(int64_t(label[k]), -Float(scale) * all);
+      Float all = occupancy(k);
+      for (int i = next[k]; i >= 0; i = next[i]) all += occupancy(i);
+      set(int64_t(label[k]), -scale * all);
     }
     // The rest of a frame is blank's.
-    if (group.rank == 0) set(blank, -Float(scale) * (sum < 1 ? 1 - sum : Float(0)));
+    if (group.rank == 0) set(p.blank, -scale * (sum < 1 ? 1 - sum : Float(0)));
   }
 };
 
@@ -204,7 +214,7 @@ KDKERNELS_DEVICE void ctc_alone(const CTCProblem<Float>& p, const AnyGroup& grou
 
 // The same with the forward KL from the teacher, one dtype; kTeacher: the teacher's gradient too.
 template <class T, int K, bool kBlock, bool kTeacher>
-__global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads)
+__global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads, 1)
     kl_gradient_kernel(CTCProblem<float> p, KLScales scale, int lanes) {
   for_gradient_rows<kBlock>(
       p, lanes,

@@ -47,20 +47,18 @@ void launch_rows(const CTCProblem<Float>& p, bool emissions, void* stream) {
 
 template <class Float>
 void launch_recursion(const CTCProblem<Float>& p, bool occupancies, void* stream) {
-  const int64_t pairs = p.S + 1;
-  const auto warps = [&](int64_t held) {
-    return int(smaller(kMostWarps, (pairs + held - 1) / held));
-  };
-  if (pairs <= 32) {
+  const int64_t slabs = (p.S + 1 + p.width) / p.width;
+  const int threads = 64 * int(smaller(kMostWarps, slabs));
+  if (p.width == 32) {
     launch(recursion_kernel<Float, 1, 8, false>, p.N, 64, stream, p, occupancies);
-  } else if (pairs <= 64) {
+  } else if (slabs == 1) {
     launch(recursion_kernel<Float, 2, 8, false>, p.N, 64, stream, p, occupancies);
-  } else if (pairs <= 256) {
-    launch(recursion_kernel < Float, 2, sizeof(Float) == 8 ? 4 : 8, true >, p.N, 64 * warps(64),
-           stream, p, occupancies);
+  } else if (p.width == 64) {
+    launch(recursion_kernel < Float, 2, sizeof(Float) == 8 ? 4 : 8, true >, p.N, threads, stream, p,
+           occupancies);
   } else {
-    launch(recursion_kernel < Float, 4, sizeof(Float) == 8 ? 2 : 4, true >, p.N, 64 * warps(128),
-           stream, p, occupancies);
+    launch(recursion_kernel < Float, 4, sizeof(Float) == 8 ? 2 : 4, true >, p.N, threads, stream, p,
+           occupancies);
   }
 }
 

@@ -22,6 +22,9 @@ constexpr int kZeroState = -(1 << 27), kZeroSymbol = kZeroState / 4;
 // A likelihood below 2^kZeroLikelihood passed through a symbol with probability 0.
 constexpr int kZeroLikelihood = kZeroSymbol / 2;
 
+constexpr int kAhead = 8;            // frames that are loaded ahead, past both ends of an utterance
+constexpr int kPeriod = 2 * kAhead;  // utterances have whole periods of frames
+
 template <class Real>
 struct Pair {  // blank k and label k of one direction
   Number<Real> blank, label;
@@ -44,6 +47,7 @@ struct Utterance {
   int bad;   // a length or label out of range
   int labelled;
   int64_t base;   // where its labels begin in the arrays of labels
+  int64_t slab;   // its first slab, see `width`
   double weight;  // sum over its frames of their weights
 };
 
@@ -64,19 +68,24 @@ struct CTCProblem {
   Float *loss, *ctc, *kd;  // or null
   bool by_class;           // emissions are of every class, not of the target's labels
 
+  // Tables of the recursion are slabs of [frames()][width], one for each `width` positions: label k
+  // is at position k + 1, between two that have no label.
+  int width;  // 32, 64 or 128
+
   // Workspace. Arrays of labels hold labels(n) + 1 elements of each utterance, from its base on.
-  Utterance* utterances;          // [N]
-  double* totals;                 // labelled utterances, weight of all frames
-  unsigned* counter;              // of blocks
-  int32_t *label, *next, *first;  // labels; the next equal one or -1; whether none before is equal
-  Float* max;                     // [N][T] largest logit
-  double* rest;                   // [N][T] sum of exp(logit - max), less 1
-  Number<Float>* emissions;       // exp(logit - max), see emission_pitch
-  Number<Float>* stored;          // [T][labels + 1] of each utterance: labels of the first halves
-  Float* occupancy;               // the same shape: of each label
-  Pair<Float>* states;            // [2][labels + 1] of each utterance: where the directions meet
-  Pair<double>* wide_states;      // the same
-  Number<double>* boundary;       // [N][2][T] label before a tile of pairs
+  Utterance* utterances;           // [N]
+  double* totals;                  // labelled utterances, weight of all frames
+  unsigned* counter;               // of blocks
+  int32_t *label, *next, *first;   // labels; the next equal one or -1; whether none before is equal
+  Float* max;                      // [N][T] largest logit
+  double* rest;                    // [N][T] sum of exp(logit - max), less 1
+  Number<Float>* blank_emissions;  // [N][frames()] exp(logit - max)
+  Number<Float>* emissions;        // slabs, or, by_class, one of each utterance: see emission_at
+  Number<Float>* stored;           // slabs: labels of the first halves, as their direction has them
+  Float* occupancy;                // slabs: of each label, as its direction has it
+  Pair<Float>* states;             // [2][width] of each slab: where the directions meet
+  Pair<double>* wide_states;       // the same
+  Number<double>* boundary;        // [N][2][frames()] label before a tile of pairs
   double *utterance_loss, *utterance_kd, *frame_kd;  // [N], [N], [N][T]
 
   KDKERNELS_DEVICE bool is_labelled(int64_t n) const { return !labelled || labelled[n]; }
@@ -86,12 +95,25 @@ struct CTCProblem {
     if (weight_dtype == 4) return static_cast<const uint8_t*>(frame_weight)[i] ? 1.0 : 0.0;
     return load(frame_weight, DType(weight_dtype), i);
   }
-  // Emissions: blank and the labels, or all classes; then one of probability 0.
-  KDKERNELS_DEVICE int emission_pitch(const Utterance& u) const {
-    return by_class ? int(C) + 1 : u.labels + 2;
+  // Frames are padded by certain blanks to whole periods, which changes no probability: the halves
+  // are equal, and of whole chunks.
+  __host__ __device__ int64_t frames() const { return (T + kPeriod - 1) / kPeriod * kPeriod; }
+  KDKERNELS_DEVICE int frames(const Utterance& u) const {
+    return (u.frames + kPeriod - 1) / kPeriod * kPeriod;
   }
-  KDKERNELS_DEVICE Number<Float>* emissions_of(const Utterance& u, int64_t n) const {
-    return emissions + T * (by_class ? n * (C + 1) : u.base + n);
+  // The first slab of utterance n, before whose target `labels` labels lie, if targets are
+  // concatenated.
+  __host__ __device__ int64_t slab_of(int64_t n, int64_t labels) const {
+    return target_stride_n < 0 ? (labels + 2 * n) / width + n : n * ((S + 1 + width) / width);
+  }
+  KDKERNELS_DEVICE int slabs(const Utterance& u) const { return (u.labels + 1 + width) / width; }
+  // Where position `i` of frame 0 lies in a table of slabs; a frame on, it is `width` further.
+  KDKERNELS_DEVICE int64_t at(const Utterance& u, int i) const {
+    return (u.slab + i / width) * frames() * width + i % width;
+  }
+  // The symbol of label k, of class c, in frame 0; or, for k = -1, one of probability 0.
+  KDKERNELS_DEVICE int64_t emission_at(const Utterance& u, int64_t n, int k, int c) const {
+    return by_class ? n * frames() * width + (k < 0 ? 0 : c + 1) : at(u, k + 1);
   }
   KDKERNELS_DEVICE double ctc_divisor() const {
     return reduction == Reduction::mean && totals[0] > 1 ? totals[0] : 1.0;
@@ -125,14 +147,16 @@ class Pieces {
   int64_t used_ = 0;
 };
 
-constexpr int kAhead = 8;  // frames that are loaded ahead, past both ends of an utterance
-
 // Sizes must stand in `p`, and whether targets are concatenated. Returns the bytes used.
 template <class Float>
 int64_t lay_out(CTCProblem<Float>& p, void* memory, bool recursion) {
-  const int64_t labels = p.target_stride_n < 0 ? p.targets_size + p.N : p.N * (p.S + 1);
-  // A table of all classes costs no more than one of labels, or little.
-  p.by_class = p.C <= 64 || p.C <= p.S + 1;
+  const bool concatenated = p.target_stride_n < 0;
+  const int64_t labels = concatenated ? p.targets_size + p.N : p.N * (p.S + 1);
+  const int64_t positions = p.S + 2;
+  p.width = positions <= 32 ? 32 : positions <= 256 ? 64 : 128;
+  // One after the other, targets may be short, though one that takes all labels is not.
+  if (concatenated && p.N > 0 && p.width > 64 && p.targets_size / p.N < 64) p.width = 64;
+  p.by_class = p.C < p.width;
   Pieces pieces(memory);
   pieces.take(p.utterances, p.N);
   pieces.take(p.totals, 2);
@@ -146,18 +170,20 @@ int64_t lay_out(CTCProblem<Float>& p, void* memory, bool recursion) {
   pieces.take(p.utterance_kd, p.N);
   pieces.take(p.frame_kd, p.N * p.T);
   if (recursion) {
-    const int64_t pitch = p.by_class ? p.C + 1 : p.S + 2;
-    const int64_t emissions = p.by_class ? p.N * (p.C + 1) : labels + p.N;
+    const int64_t slabs = p.slab_of(p.N, p.targets_size), row = p.width, frames = p.frames();
+    const int64_t margin = kAhead * row;
     Number<Float>* before;
-    pieces.take(before, kAhead * pitch);
-    pieces.take(p.emissions, p.T * emissions);
-    pieces.take(before, kAhead * (pitch > p.S + 1 ? pitch : p.S + 1));
-    pieces.take(p.stored, p.T * labels);
-    pieces.take(before, kAhead * (p.S + 1));
-    pieces.take(p.occupancy, p.T * labels);
-    pieces.take(p.states, 2 * labels);
-    pieces.take(p.wide_states, 2 * labels);
-    pieces.take(p.boundary, p.N * 2 * p.T);
+    pieces.take(before, margin);
+    pieces.take(p.blank_emissions, p.N * frames);
+    pieces.take(before, margin);
+    pieces.take(p.emissions, (p.by_class ? p.N : slabs) * frames * row);
+    pieces.take(before, margin);
+    pieces.take(p.stored, slabs * frames * row);
+    pieces.take(before, margin);
+    pieces.take(p.occupancy, slabs * frames * row);
+    pieces.take(p.states, 2 * slabs * row);
+    pieces.take(p.wide_states, 2 * slabs * row);
+    pieces.take(p.boundary, p.N * 2 * frames);
   }
   return pieces.used();
 }

@@ -34,6 +34,7 @@ __global__ void prepare_kernel(CTCProblem<Float> p) {
     bad = bad || begin + labels > p.targets_size;
     u.base = (bad ? 0 : begin) + n;
   }
+  u.slab = p.width ? p.slab_of(n, bad ? 0 : begin) : 0;
   u.frames = int(frames);
   u.labelled = labelled;
   const bool fits = labelled && !bad && labels <= p.S;
@@ -66,6 +67,14 @@ __global__ void prepare_kernel(CTCProblem<Float> p) {
       while (after < u.labels && own[after] != own[k]) after++;
       p.first[u.base + k] = before < 0;
       p.next[u.base + k] = after < u.labels ? after : -1;
+    }
+    if (p.emissions) {
+      const int pad = p.frames(u) - u.frames, columns = p.by_class ? int(p.C) : u.labels;
+      for (int i = block.rank; i < pad * (columns + 1); i += block.size) {
+        const int t = u.frames + i / (columns + 1), k = i % (columns + 1) - 1;
+        p.emissions[p.emission_at(u, n, k, k) + int64_t(t) * p.width] = {Float(1), kZeroSymbol};
+        if (k < 0) p.blank_emissions[n * p.frames() + t] = {Float(1), 0};
+      }
     }
   }
   u.weight = p.teacher.data ? block_sum(frames, [&](int64_t t) { return p.weight(t, n); }) : 0.0;
@@ -205,14 +214,17 @@ __global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads)
       p.rest[n * p.T + t] = valid ? sums[0] + (sums[1] - 1) : infinity - infinity;
     }
     if (!emissions) return;
-    const int pitch = p.emission_pitch(u);
-    Number<Float>* const out = p.emissions_of(u, n) + t * pitch;
+    Number<Float>* const out = p.emissions + t * p.width;
     const int32_t* const labels = p.label + u.base;
-    for (int i = group.rank; i < pitch - 1; i += group.size) {
-      const int64_t c = p.by_class ? i : i == 0 ? p.blank : labels[i - 1];
-      out[i] = to_number(Float(to_float(row[c])), max);
+    const int columns = p.by_class ? int(p.C) : u.labels;
+    for (int k = group.rank; k < columns; k += group.size) {
+      const int c = p.by_class ? k : labels[k];
+      out[p.emission_at(u, n, k, c)] = to_number(Float(to_float(row[c])), max);
     }
-    if (group.rank == 0) out[pitch - 1] = {Float(1), kZeroSymbol};
+    if (group.rank == 0) {
+      out[p.emission_at(u, n, -1, 0)] = {Float(1), kZeroSymbol};
+      p.blank_emissions[n * p.frames() + t] = to_number(Float(to_float(row[p.blank])), max);
+    }
   });
 }
 

@@ -116,7 +116,7 @@ KDKERNELS_DEVICE void for_rows(const Problem& p, int lanes, Body body) {
 
 // Forward KL, one dtype; kTeacher: the teacher's gradient too.
 template <class T, int K, bool kBlock, bool kTeacher>
-__global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads)
+__global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads, K == 0 && !kTeacher ? 2 : 1)
     kl_kernel(Problem p, KLScales scale, int lanes) {
   for_rows<kBlock>(p, lanes, [&](const auto& group, const int64_t* at, int64_t C, double factor) {
     const T* const student = static_cast<const T*>(p.student.data) + at[0];

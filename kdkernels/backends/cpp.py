@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 from kdkernels import _C
+from kdkernels.backends._codes import (
+    CTC_ALONE,
+    DIVERGENCE,
+    DTYPE,
+    REDUCTION,
+    address,
+    dtype_code,
+    float_dtype,
+    frames,
+    gradient_of,
+)
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
 
@@ -24,21 +35,9 @@ if TARGET not in _C.targets:
     )
 _kernels = getattr(_C, TARGET)
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_DIVERGENCE = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-_REDUCTION = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
-
 
 def supports(op: str, device_type: str) -> bool:
     return op in OPS and device_type == "cpu"
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _float_dtype(*logits: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -47,14 +46,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _workspace(size: int) -> Tensor:
     return _empty((size,), torch.uint8)
-
-
-def _gradient_of(logits: Tensor) -> Tensor:
-    """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
-    gradient = torch.empty_like(logits)
-    if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
-        return _empty(tuple(logits.shape), logits.dtype)
-    return gradient
 
 
 def _row_layout(tensors: list[Tensor]) -> array:
@@ -104,11 +95,11 @@ def kd_loss_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     *shape, C = student_logits.shape
     rows = student_logits.numel() // C
-    dtype = _float_dtype(student_logits, teacher_logits)
+    dtype = float_dtype(student_logits, teacher_logits)
     if weight is not None:
         weight = weight.to(dtype).expand(shape).contiguous()
-    grad_student = _gradient_of(student_logits) if student_grad else None
-    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    grad_student = gradient_of(student_logits) if student_grad else None
+    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
     layout = _row_layout(
         [
             student_logits,
@@ -127,19 +118,19 @@ def kd_loss_forward(
         len(layout) // 5,
         layout.buffer_info()[0],
         student_logits.data_ptr(),
-        _DTYPE[student_logits.dtype],
+        DTYPE[student_logits.dtype],
         teacher_logits.data_ptr(),
-        _DTYPE[teacher_logits.dtype],
-        _address(weight),
+        DTYPE[teacher_logits.dtype],
+        address(weight),
         temperature,
         teacher_temperature,
-        _DIVERGENCE[divergence],
+        DIVERGENCE[divergence],
         beta,
-        _REDUCTION[reduction],
+        REDUCTION[reduction],
         rescale,
         loss.data_ptr(),
-        _address(grad_student),
-        _address(grad_teacher),
+        address(grad_student),
+        address(grad_teacher),
         workspace.data_ptr(),
         threads,
     )
@@ -181,13 +172,7 @@ def _ctc(
     grad_teacher: Tensor | None = None,
     labelled: Tensor | None = None,
     frame_weight: Tensor | None = None,
-    ctc_weight: float = 1.0,
-    kd_weight: float = 0.0,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    rescale: bool = False,
+    numbers: tuple[float, ...] = CTC_ALONE,
 ) -> None:
     T, N, C = logits.shape
     labels = _Labels(targets, input_lengths, target_lengths)
@@ -200,34 +185,24 @@ def _ctc(
         C,
         S,
         logits.data_ptr(),
-        _DTYPE[logits.dtype],
+        DTYPE[logits.dtype],
         logits.stride(0),
         logits.stride(1),
         *labels.addresses(),
         blank,
-        _REDUCTION[reduction],
+        REDUCTION[reduction],
         zero_infinity,
         posteriors,
-        _address(teacher),
-        0 if teacher is None else _DTYPE[teacher.dtype],
+        address(teacher),
+        dtype_code(teacher),
         0 if teacher is None else teacher.stride(0),
         0 if teacher is None else teacher.stride(1),
-        _address(labelled),
-        _address(frame_weight),
-        ctc_weight,
-        kd_weight,
-        temperature,
-        teacher_temperature,
-        _DIVERGENCE[divergence],
-        beta,
-        rescale,
-        *(_address(x) for x in loss),
-        _address(grad),
-        0 if grad is None else grad.stride(0),
-        0 if grad is None else grad.stride(1),
-        _address(grad_teacher),
-        0 if grad_teacher is None else grad_teacher.stride(0),
-        0 if grad_teacher is None else grad_teacher.stride(1),
+        address(labelled),
+        address(frame_weight),
+        *numbers,
+        *(address(x) for x in loss),
+        *frames(grad),
+        *frames(grad_teacher),
         workspace.data_ptr(),
         threads,
     )
@@ -243,8 +218,8 @@ def ctc_loss_forward(
     zero_infinity: bool,
     grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    loss = _empty((logits.shape[1],) if reduction == "none" else (), _float_dtype(logits))
-    gradient = _gradient_of(logits) if grad else None
+    loss = _empty((logits.shape[1],) if reduction == "none" else (), float_dtype(logits))
+    gradient = gradient_of(logits) if grad else None
     _ctc(
         logits,
         targets,
@@ -281,11 +256,11 @@ def ctc_kd_loss_forward(
     teacher_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     T, N, _ = student_logits.shape
-    dtype = _float_dtype(student_logits, teacher_logits)
+    dtype = float_dtype(student_logits, teacher_logits)
     shape = (N,) if reduction == "none" else ()
     loss, ctc, kd = (_empty(shape, dtype) for _ in range(3))
-    grad_student = _gradient_of(student_logits) if student_grad else None
-    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    grad_student = gradient_of(student_logits) if student_grad else None
+    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
     if labelled is not None:
         labelled = labelled.to("cpu", torch.bool).contiguous()
     if frame_weight is not None:
@@ -304,13 +279,15 @@ def ctc_kd_loss_forward(
         grad_teacher=grad_teacher,
         labelled=labelled,
         frame_weight=frame_weight,
-        ctc_weight=ctc_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        divergence=divergence,
-        beta=beta,
-        rescale=rescale,
+        numbers=(
+            ctc_weight,
+            kd_weight,
+            temperature,
+            teacher_temperature,
+            DIVERGENCE[divergence],
+            beta,
+            rescale,
+        ),
     )
     return loss, ctc, kd, grad_student, grad_teacher
 
@@ -318,7 +295,7 @@ def ctc_kd_loss_forward(
 def ctc_posteriors(
     logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
 ) -> Tensor:
-    occupancy = _empty(tuple(logits.shape), _float_dtype(logits))
+    occupancy = _empty(tuple(logits.shape), float_dtype(logits))
     _ctc(
         logits,
         targets,
@@ -340,7 +317,7 @@ def ctc_align(
     T, N, C = logits.shape
     labels = _Labels(targets, input_lengths, target_lengths)
     paths = _empty((N, T), torch.int64)
-    scores = _empty((N,), _float_dtype(logits))
+    scores = _empty((N,), float_dtype(logits))
     threads = torch.get_num_threads()
     workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, threads))
     _kernels.ctc_align(
@@ -349,7 +326,7 @@ def ctc_align(
         C,
         labels.longest,
         logits.data_ptr(),
-        _DTYPE[logits.dtype],
+        DTYPE[logits.dtype],
         logits.stride(0),
         logits.stride(1),
         *labels.addresses(),

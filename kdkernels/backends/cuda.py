@@ -13,16 +13,24 @@ import torch
 from torch import Tensor
 
 from kdkernels import _C
+from kdkernels.backends._codes import (
+    CTC_ALONE,
+    DIVERGENCE,
+    DTYPE,
+    REDUCTION,
+    address,
+    dtype_code,
+    float_dtype,
+    frames,
+    gradient_of,
+)
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
 DEVICE_TYPE = "cuda"
 
 _kernels = getattr(_C, "cuda", None)  # None: built without
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 _BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: -1}
-_DIVERGENCE = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-_REDUCTION = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
 _MOST_DIMS = 8  # of the rows' layout, in the kernels
 
 
@@ -33,22 +41,6 @@ def supports(op: str, device_type: str) -> bool:
 def _place(device: torch.device) -> tuple[int, int]:
     """Index of the device and address of its current stream."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _float_dtype(*logits: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
-
-
-def _gradient_of(logits: Tensor) -> Tensor:
-    """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
-    gradient = torch.empty_like(logits)
-    if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
-        return torch.empty(tuple(logits.shape), dtype=logits.dtype, device=logits.device)
-    return gradient
 
 
 def _row_layout(tensors: list[Tensor], shape: torch.Size) -> array:
@@ -82,9 +74,9 @@ def scale_grad_(grad: Tensor, grad_loss: Tensor) -> Tensor:
         len(layout) // 3,
         layout.buffer_info()[0],
         grad.data_ptr(),
-        _DTYPE[grad.dtype],
+        DTYPE[grad.dtype],
         factor.data_ptr(),
-        _DTYPE[factor.dtype],
+        DTYPE[factor.dtype],
         *_place(grad.device),
     )
     return grad
@@ -106,9 +98,9 @@ def kd_loss_forward(
     *shape, C = student_logits.shape
     rows = student_logits.numel() // C
     device = student_logits.device
-    dtype = _float_dtype(student_logits, teacher_logits)
-    grad_student = _gradient_of(student_logits) if student_grad else None
-    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    dtype = float_dtype(student_logits, teacher_logits)
+    grad_student = gradient_of(student_logits) if student_grad else None
+    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
     layout = _row_layout(
         [
             student_logits,
@@ -128,20 +120,20 @@ def kd_loss_forward(
         len(layout) // 6,
         layout.buffer_info()[0],
         student_logits.data_ptr(),
-        _DTYPE[student_logits.dtype],
+        DTYPE[student_logits.dtype],
         teacher_logits.data_ptr(),
-        _DTYPE[teacher_logits.dtype],
-        _address(weight),
-        0 if weight is None else _DTYPE[weight.dtype],
+        DTYPE[teacher_logits.dtype],
+        address(weight),
+        dtype_code(weight),
         temperature,
         teacher_temperature,
-        _DIVERGENCE[divergence],
+        DIVERGENCE[divergence],
         beta,
-        _REDUCTION[reduction],
+        REDUCTION[reduction],
         rescale,
         loss.data_ptr(),
-        _address(grad_student),
-        _address(grad_teacher),
+        address(grad_student),
+        address(grad_teacher),
         workspace.data_ptr(),
         *_place(device),
     )
@@ -187,16 +179,12 @@ class _Problem:
         self.arguments = (
             *self.shape,
             logits.data_ptr(),
-            _DTYPE[logits.dtype],
+            DTYPE[logits.dtype],
             logits.stride(0),
             logits.stride(1),
             *integers,
             blank,
         )
-
-
-def _frames(x: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def _ctc(
@@ -212,39 +200,27 @@ def _ctc(
     grad_teacher: Tensor | None = None,
     labelled: Tensor | None = None,
     frame_weight: Tensor | None = None,
-    ctc_weight: float = 1.0,
-    kd_weight: float = 0.0,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    rescale: bool = False,
+    numbers: tuple[float, ...] = CTC_ALONE,
 ) -> None:
     workspace = _workspace(_kernels.ctc_loss_workspace(*problem.shape, wide), problem.device)
-    teacher_data, *teacher_strides = _frames(teacher)
-    weight_data, *weight_strides = _frames(frame_weight)
+    teacher_data, *teacher_strides = frames(teacher)
+    weight_data, *weight_strides = frames(frame_weight)
     _kernels.ctc_loss_forward(
         *problem.arguments,
-        _REDUCTION[reduction],
+        REDUCTION[reduction],
         zero_infinity,
         posteriors,
         teacher_data,
-        0 if teacher is None else _DTYPE[teacher.dtype],
+        dtype_code(teacher),
         *teacher_strides,
-        _address(labelled),
+        address(labelled),
         weight_data,
-        0 if frame_weight is None else _DTYPE[frame_weight.dtype],
+        dtype_code(frame_weight),
         *weight_strides,
-        ctc_weight,
-        kd_weight,
-        temperature,
-        teacher_temperature,
-        _DIVERGENCE[divergence],
-        beta,
-        rescale,
-        *(_address(x) for x in losses),
-        *_frames(grad),
-        *_frames(grad_teacher),
+        *numbers,
+        *(address(x) for x in losses),
+        *frames(grad),
+        *frames(grad_teacher),
         workspace.data_ptr(),
         *_place(problem.device),
     )
@@ -262,9 +238,9 @@ def ctc_loss_forward(
 ) -> tuple[Tensor, Tensor | None]:
     problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
     shape = (logits.shape[1],) if reduction == "none" else ()
-    dtype = _float_dtype(logits)
+    dtype = float_dtype(logits)
     loss = torch.empty(shape, dtype=dtype, device=logits.device)
-    gradient = _gradient_of(logits) if grad else None
+    gradient = gradient_of(logits) if grad else None
     wide = dtype == torch.float64
     _ctc(problem, reduction, zero_infinity, (loss, None, None), gradient, wide)
     return loss, gradient
@@ -293,11 +269,11 @@ def ctc_kd_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     problem = _Problem(student_logits, targets, input_lengths, target_lengths, blank)
     device = student_logits.device
-    dtype = _float_dtype(student_logits, teacher_logits)
+    dtype = float_dtype(student_logits, teacher_logits)
     shape = (student_logits.shape[1],) if reduction == "none" else ()
     loss, ctc, kd = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
-    grad_student = _gradient_of(student_logits) if student_grad else None
-    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
+    grad_student = gradient_of(student_logits) if student_grad else None
+    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
     if labelled is not None:
         labelled = labelled.to(device, torch.bool, non_blocking=True).contiguous()
     _ctc(
@@ -311,13 +287,15 @@ def ctc_kd_loss_forward(
         grad_teacher=grad_teacher,
         labelled=labelled,
         frame_weight=frame_weight,
-        ctc_weight=ctc_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        divergence=divergence,
-        beta=beta,
-        rescale=rescale,
+        numbers=(
+            ctc_weight,
+            kd_weight,
+            temperature,
+            teacher_temperature,
+            DIVERGENCE[divergence],
+            beta,
+            rescale,
+        ),
     )
     return loss, ctc, kd, grad_student, grad_teacher
 
@@ -326,7 +304,7 @@ def ctc_posteriors(
     logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
 ) -> Tensor:
     problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
-    dtype = _float_dtype(logits)
+    dtype = float_dtype(logits)
     occupancy = torch.empty(tuple(logits.shape), dtype=dtype, device=logits.device)
     wide = dtype == torch.float64
     _ctc(problem, "none", True, (None, None, None), occupancy, wide, posteriors=True)
@@ -338,7 +316,7 @@ def ctc_align(
 ) -> tuple[Tensor, Tensor]:
     T, N, _ = logits.shape
     problem = _Problem(logits, targets, input_lengths, target_lengths, blank)
-    dtype = _float_dtype(logits)
+    dtype = float_dtype(logits)
     paths = torch.empty((N, T), dtype=torch.int64, device=logits.device)
     scores = torch.empty((N,), dtype=dtype, device=logits.device)
     wide = dtype == torch.float64

@@ -10,6 +10,7 @@ Every line that cannot be used is reported with its place; it is left out only w
 
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -133,22 +134,40 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
     example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
 
     def line(where: str, row: str) -> Line:
+        def bad(reason: str) -> BadLineError:
+            return BadLineError(f"{where}: {reason}; expected e.g. {example}")
+
+        def number(name: str) -> float | None:
+            value = entry.get(name)
+            if value is None:
+                return None
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise bad(f"`{name}` is no number but {value!r}")
+            try:
+                seconds = float(value)
+            except ValueError as error:
+                raise bad(f"`{name}` is no number but {value!r}") from error
+            if not 0 <= seconds < math.inf:
+                raise bad(f"`{name}` must be seconds from 0 on, got {value!r}")
+            return seconds
+
         try:
             entry = json.loads(row)
-            filepath = entry["audio_filepath"]
-            text = entry["text"] if transcripts else ""
-            numbers = (entry.get("duration"), entry.get("offset"))
-            duration, offset = (None if x is None else float(x) for x in numbers)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise BadLineError(f"{where}: {reason}; expected e.g. {example}") from error
-        if not isinstance(filepath, str):
-            raise BadLineError(f"{where}: `audio_filepath` is no text; expected e.g. {example}")
-        text = _text(where, text, transcripts)
-        file = (path.parent / filepath).resolve()
-        start = offset or 0.0
+        except ValueError as error:
+            raise bad(f"no JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise bad(f"no JSON object but {row.strip()[:40]}")
+        for name in ("audio_filepath", *(["text"] if transcripts else [])):
+            if name not in entry:
+                raise bad(f"`{name}` is missing")
+        if not isinstance(entry["audio_filepath"], str):
+            raise bad(f"`audio_filepath` is no text but {entry['audio_filepath']!r}")
+        text = _text(where, entry.get("text"), transcripts)
+        duration, offset = number("duration"), number("offset")
         if offset is not None and duration is None:
-            raise BadLineError(f"{where}: an `offset` needs a `duration`; expected e.g. {example}")
+            raise bad("an `offset` needs a `duration`")
+        file = (path.parent / entry["audio_filepath"]).resolve()
+        start = offset or 0.0
         end = None if duration is None else start + duration
         _check(file, end, where)
         return Line(str(file), text, start, None if offset is None else end)
@@ -248,7 +267,9 @@ class HuggingFace:
             raise TrainError(f"{folder} holds several splits: name one, e.g. {folder / 'train'}")
         try:
             data = datasets.load_from_disk(str(folder))
-        except Exception as error:  # whatever pyarrow finds wrong with it
+        # what a missing, cut or foreign file of it brings up: OSError and ValueError (pyarrow's and
+        # json's are of these), and the others from json that is not of the expected form
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise TrainError(f"cannot read the dataset {folder}: {error}") from error
         if "audio" not in data.column_names:
             raise TrainError(f"{folder} has no column `audio`, only {data.column_names}")
@@ -267,23 +288,29 @@ class HuggingFace:
             raise KeyError(f"no column `text`, only {self._data.column_names}")
         return self._data[self._words][row]
 
-    def _file(self, row: int):
+    def _item(self, row: int) -> dict:
         item = self._data["audio"][row]
-        if not item or not (item.get("bytes") or item.get("path")):
-            raise ValueError("`audio` is empty")
-        return io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
+        item = {"path": item} if isinstance(item, str) else item
+        if not isinstance(item, dict) or not any(
+            item.get(key) is not None for key in ("array", "bytes", "path")
+        ):
+            raise ValueError(f"`audio` is no audio but {str(item)[:40]}")
+        return item
 
     def check(self, row: int) -> None:
-        item = self._data["audio"][row]
-        if item and item.get("array") is not None:
-            return
-        audio.header(self._file(row))
+        item = self._item(row)
+        if item.get("array") is None:
+            audio.header(self._file(item))
 
     def audio(self, row: int) -> tuple[np.ndarray, int]:
-        item = self._data["audio"][row]
-        if item and item.get("array") is not None:
+        item = self._item(row)
+        if item.get("array") is not None:
             return np.asarray(item["array"], np.float32).reshape(-1, 1), item["sampling_rate"]
-        return audio.decode(self._file(row))
+        return audio.decode(self._file(item))
+
+    @staticmethod
+    def _file(item: dict):
+        return io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
 
 
 class Torchaudio:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .files import TrainError
 
 SAMPLE_RATE = 16000
+RATES = (1000, 768000)  # Hz: what a recording may have
 FILTERS = 2**19  # taps of the resampling filters that are made and applied at once
 
 
@@ -32,6 +33,11 @@ def check(path: Path, duration: float | None, where: str) -> float:
     with file:
         if file.frames <= 0:
             raise TrainError(f"{where}: {path} holds no audio; replace it or remove the line")
+        if not RATES[0] <= file.samplerate <= RATES[1]:
+            raise TrainError(
+                f"{where}: {path} has {file.samplerate} samples a second, expected one of "
+                f"{RATES[0]} to {RATES[1]}; replace it or remove the line"
+            )
         seconds = file.frames / file.samplerate
         promised = seconds if duration is None else duration
         try:

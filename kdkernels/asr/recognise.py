@@ -36,7 +36,7 @@ QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats,
 # Where nobody has spoken for so long, that peak is the noise's own. But speech stands out from its
 # pauses, noise from nothing: speech is, besides, RISE above the quietest CALM of those frames, as
 # SPOKEN of them are. The last ENOUGH frames of it normalise what comes until there are as many new.
-RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 100, 500  # nats, frames, frames, frames
+RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 500  # nats, frames, frames, frames
 # A network is sure of a letter only some way into it, and of a word's last one only when the next
 # sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
 # voices. Their difference is one frame, so that words do not overlap: a space takes a frame.
@@ -141,7 +141,7 @@ def outstanding(frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 where one stands out, else 0."""
     for window, first, count in overlapping(frames, BEFORE + CALM, 0):
         power = window.logsumexp(1)
-        calm = nn.functional.pad(power.unfold(0, CALM, 1).mean(1), (CALM - 1, 0), value=math.inf)            if len(power) >= CALM else torch.full_like(power, math.inf)
+        calm = nn.functional.pad(power, (CALM - 1, 0), value=math.inf).unfold(0, CALM, 1).mean(1)
         padded = nn.functional.pad(-calm, (BEFORE, 0), value=-math.inf)[None]
         floor = -nn.functional.max_pool1d(padded, BEFORE + 1, 1)[0]
         above = power > floor + RISE

@@ -34,9 +34,10 @@ BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance n
 PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
 # Where nobody has spoken for so long, that peak is the noise's own. But speech stands out from its
-# pauses, noise from nothing: speech is, besides, RISE above the quietest CALM of those frames, as
-# SPOKEN of them are. The last ENOUGH frames of it normalise what comes until there are as many new.
-RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 500  # nats, frames, frames, frames
+# pauses, noise from nothing: frames of speech are, besides, RISE above the quietest CALM of those,
+# as SPOKEN others are. The last ENOUGH frames of speech normalise what comes until there are as
+# many new ones.
+RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 500  # nats; frames
 # A network is sure of a letter only some way into it, and of a word's last one only when the next
 # sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
 # voices. Their difference is one frame, so that words do not overlap: a space takes a frame.

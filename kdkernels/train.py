@@ -64,7 +64,7 @@ def run(settings: Settings) -> dict:
         models["teacher"] = train_teacher(experiment, "teacher", arms.OWN, ssl)
         own = teachers.Own(models["teacher"].encoder, corpora.alphabet.characters)
         opened = [(teacher or own, weight) for teacher, weight in opened]
-    for name in settings.teacher_rows:
+    for name in settings.teacher_rows if ssl else ():
         models[f"teacher_{name}"] = train_teacher(
             experiment, f"teacher_{name}", TEACHERS[name], ssl
         )

@@ -39,18 +39,15 @@ def check(path: Path, duration: float | None, where: str) -> float:
                 f"{RATES[0]} to {RATES[1]}; replace it or remove the line"
             )
         seconds = file.frames / file.samplerate
-        promised = seconds if duration is None else duration
         try:
             file.seek(file.frames - 1)
             whole = len(file.read(1)) == 1 and not cut_short(path)
         except soundfile.SoundFileError:  # a flac whose last frame is not there
             whole = False
-    if not whole or seconds < 0.95 * promised - 0.1:
-        told = "its header" if seconds >= 0.95 * promised - 0.1 else "`duration`"
-        raise TrainError(
-            f"{where}: {path} is truncated: {told} promises {promised:.1f} s; replace it or "
-            "remove the line"
-        )
+    short = duration is not None and seconds < 0.95 * duration - 0.1
+    if not whole or short:
+        more = f"`duration` promises {duration:.1f} s" if whole else "its header promises more"
+        raise TrainError(f"{where}: {path} is truncated: {more}; replace it or remove the line")
     return seconds
 
 
@@ -79,9 +76,12 @@ def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndar
             rate = opened.samplerate
             opened.seek(min(round(start * rate), opened.frames))
             count = -1 if stop is None else round((stop - start) * rate)
-            return opened.read(count, dtype="float32", always_2d=True), rate
+            samples = opened.read(count, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise TrainError(f"{file} cannot be read as audio ({error})") from error
+    if not np.isfinite(samples).all():
+        raise TrainError(f"{file} holds samples that are no numbers; replace it")
+    return samples, rate
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:

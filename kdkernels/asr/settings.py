@@ -93,6 +93,11 @@ class Settings:
         "self-supervised steps (BEST-RQ) before the teacher's own, and rows in the report of what "
         "they bring, for few transcripts and for all; 0: it starts from nothing",
     )
+    ssl_learning_rate: float = option(
+        1e-3,
+        "its peak in these steps; with that of --learning-rate the weights move so far that the "
+        "teacher ends up worse than from nothing",
+    )
     teacher_steps: int = option(2500, "training steps of the teacher")
     student_steps: int = option(2000, "training steps of each student")
     batch_seconds: float = option(48.0, "audio in a step, with padding: the same for everyone")

@@ -4,6 +4,7 @@ Each reads files and writes files, and can be run, resumed and looked at alone.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -148,6 +149,7 @@ def self_supervise(experiment: Experiment) -> Trained | None:
     if not settings.ssl_steps:
         return None
     quantiser = bestrq.Quantiser(settings.seed)
+    slower = replace(settings, learning_rate=settings.ssl_learning_rate)
 
     def hide(batch: batches.Batch, step: int) -> batches.Batch:
         return bestrq.mask(batch, quantiser, (settings.seed * 1_000_003 + step) * 4096)
@@ -167,7 +169,7 @@ def self_supervise(experiment: Experiment) -> Trained | None:
         return 100 * missed / max(1, hidden)
 
     return train(
-        experiment,
+        experiment._replace(settings=slower),
         "ssl",
         [settings.teacher_width, settings.teacher_layers, bestrq.CODES],
         [(batches.Pool(corpora.untranscribed, None), 1.0)],

@@ -58,7 +58,7 @@ class HuggingFace:
 
     def text(self, row: int) -> str:
         if self._words is None:
-            raise KeyError(f"no column `text`, only {self._data.column_names}")
+            raise ValueError(f"no column `text`, only {self._data.column_names}")
         return self._data[self._words][row]
 
     def _item(self, row: int) -> dict:

@@ -141,7 +141,10 @@ class Settings:
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     workers: int = option(2, "processes that synthesise speech and compute features")
-    tensorboard: bool = option(False, "write OUT/tensorboard too; OUT/*.jsonl is always written")
+    tensorboard: bool = option(
+        False,
+        "write OUT/tensorboard too, with kdkernels[tensorboard]; OUT/*.jsonl is always written",
+    )
 
 
 PRESETS = {

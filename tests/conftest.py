@@ -6,9 +6,11 @@ names in OPS the operators it needs. `test_backends.py` says which pairs must be
 
 import functools
 import os
+import random
 import sys
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -112,3 +114,30 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A folder with a student that reads tones; see tones.py."""
+    import tones
+
+    folder = tmp_path_factory.mktemp("tones")
+    tones.train(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recogniser(run):
+    from kdkernels.asr import recognise
+
+    return recognise.load(run)
+
+
+@pytest.fixture(scope="session")
+def long():
+    """(samples, text, starts, ends): 100 seconds, longer than any window."""
+    import tones
+
+    text = tones.sentence(random.Random(1), 200)
+    samples, starts, ends = tones.tones(text, np.random.default_rng(1))
+    return samples, text, starts, ends

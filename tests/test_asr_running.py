@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import TINY
 
 from kdkernels import train
@@ -28,29 +30,34 @@ def out(tmp_path_factory):
     return folder
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path):
-    command = [sys.executable, "-m", "kdkernels.train", *TINY, ARMS, "--out", str(tmp_path)]
+def again(out, capsys, *arguments):
+    capsys.readouterr()
+    code = train.main([*TINY, ARMS, "--out", str(out), *arguments])
+    return code, capsys.readouterr().err
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path, capsys):
+    """SIGKILL, to processes forked from one that has imported everything: they begin at once."""
+    command = [*TINY, ARMS, "--out", str(tmp_path)]
     for awaited in (
         "cache/features-*",
         "checkpoints/teacher/step-00000002.*",
         "checkpoints/student_distilled/step-00000001.*",
     ):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob(awaited)) and process.poll() is None:
+        process = multiprocessing.get_context("forkserver").Process(
+            target=train.main, args=(command,)
+        )
+        process.start()
+        while not list(tmp_path.glob(awaited)) and process.is_alive():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / STUDENT).exists()
     (tmp_path / ".report.json.999999999.tmp").write_text("half")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert again(tmp_path, capsys) == (0, "")
     assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def again(out, capsys, *arguments):
-    capsys.readouterr()
-    code = train.main([*TINY, ARMS, "--out", str(out), *arguments])
-    return code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", [1, 2])
@@ -165,8 +172,21 @@ def test_two_processes_do_what_one_does(out, tmp_path):
                 assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
+def test_tensorboard_shows_the_curve(out, tmp_path, capsys):
+    """Read back by TensorBoard itself. A finished training is not shown again."""
+    for name in ("student_alone", "teacher"):
+        for path in (out / f"{name}.safetensors", out / f"{name}.jsonl"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard")[0] == 0
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "student_distilled")).Reload()
+    curve = json.loads((tmp_path / "report.json").read_text())["curves"]["student_distilled"]
+    for name in ("wer", "loss"):
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        assert shown == [(p["step"], pytest.approx(p[name], rel=1e-6)) for p in curve]
+
+
 def test_tensorboard_that_is_missing_is_said(out, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code, said = again(tmp_path, capsys, "--cache", str(out / "cache"), "--tensorboard")
     assert code == 2
-    assert "pip install tensorboard" in said
+    assert 'tensorboard is missing: pip install "kdkernels[tensorboard]"' in said

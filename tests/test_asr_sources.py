@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from kdkernels.asr import data, sources
+from kdkernels.asr import data, sources, tables
 from kdkernels.asr.files import TrainError
 
 
@@ -145,6 +145,29 @@ def test_a_hugging_face_dataset_that_cannot_be_used(folder):
         sources.read(str(folder / "several" / "train"), True)
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"x" * 50, 0.5])
+def test_a_broken_hugging_face_dataset(folder, name, content):
+    spec = hugging_face(folder, audio=[{"bytes": b"no audio", "path": None}], text=["one"])
+    path = folder / "hf" / name
+    good = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(good[: int(content * len(good))] if content == 0.5 else content)
+    tables.open_table.cache_clear()
+    with pytest.raises(TrainError, match=r"cannot read the dataset|has no wav\.scp"):
+        sources.read(spec, True)
+
+
+@pytest.mark.parametrize("audio", ["", {"bytes": None, "path": None}, 7])
+def test_a_column_audio_that_holds_none(folder, audio):
+    rows = datasets.Dataset.from_dict({"audio": [audio], "text": ["one"]})
+    rows.save_to_disk(str(folder / "hf"))
+    tables.open_table.cache_clear()
+    with pytest.raises(TrainError, match="row 0: "):
+        sources.read(str(folder / "hf"), True)
+
+
 TORCHAUDIO = """
 import soundfile, torch
 class Named:  # as torchaudio.datasets.LIBRISPEECH
@@ -167,11 +190,11 @@ class Items(Named):  # as torchaudio.datasets.LJSPEECH
 def test_a_torchaudio_dataset(folder, monkeypatch, name):
     (folder / "corpora.py").write_text(TORCHAUDIO)
     monkeypatch.syspath_prepend(str(folder))
-    sources.open_table.cache_clear()
+    tables.open_table.cache_clear()
     spec = f"torchaudio:corpora.{name}:{folder}"
     check(sources.read(spec, True)[0])
     (folder / "b.flac").unlink()
-    sources.open_table.cache_clear()
+    tables.open_table.cache_clear()
     with pytest.raises(TrainError, match="row 1: "):
         sources.read(spec, True)
 

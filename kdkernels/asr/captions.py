@@ -1,4 +1,4 @@
-"""Words with times -> captions, as WebVTT and SRT. Plain Python.
+"""Words with times -> captions, as WebVTT and SRT; and text. Plain Python.
 
 What holds, the first before the others:
 
@@ -22,6 +22,7 @@ SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
 READING = 50  # milliseconds a character: 20 characters a second
 LATE = 1500  # milliseconds that a caption may begin after its first word
 DOUBT = 0.8  # confidence below which a word is marked; four in five of those were wrong
+PARAGRAPH = 1.0  # seconds of pause that begin a new line of text
 DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
 
 # A line, and a caption, should not end with these. English.
@@ -84,6 +85,25 @@ def too_fast(caption: Caption) -> bool:
 
 def marked(word: Word, doubt: float) -> str:
     return word.text + DOUBTFUL * (word.confidence < doubt)
+
+
+def text(words: Sequence[Word], doubt: float) -> str:
+    """A line for each passage without a pause."""
+    lines: list[str] = []
+    before = -math.inf
+    for word in words:
+        if word.start - before >= PARAGRAPH:
+            lines.append(marked(word, doubt))
+        else:
+            lines[-1] += " " + marked(word, doubt)
+        before = word.end
+    return "".join(line + "\n" for line in lines)
+
+
+def facts(word: Word) -> dict:
+    """For JSON: seconds to the millisecond."""
+    times = {"start": round(word.start, 3), "end": round(word.end, 3)}
+    return {"word": word.text, **times, "confidence": round(word.confidence, 4)}
 
 
 def webvtt(shown: Iterable[Caption]) -> str:

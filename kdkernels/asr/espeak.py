@@ -8,6 +8,7 @@ import ctypes
 
 import numpy as np
 
+from .extras import missing
 from .files import TrainError
 
 AUDIO_OUTPUT_SYNCHRONOUS = 2  # the callback runs inside espeak_Synth: some 1000 times real time
@@ -26,8 +27,8 @@ def paths() -> tuple[str, str]:
         import espeakng_loader
     except ModuleNotFoundError as error:
         raise TrainError(
-            "the synthesised corpus needs the package espeakng-loader: "
-            'pip install "kdkernels[train]", or give --transcribed, --untranscribed and --test'
+            f"the synthesised corpus: {missing('espeakng-loader')}, "
+            "or give --transcribed, --untranscribed and --test"
         ) from error
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 

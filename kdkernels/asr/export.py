@@ -18,6 +18,7 @@ import torch
 import kdkernels as kd
 
 from . import audio, features
+from .extras import missing
 from .files import TrainError, write_bytes
 from .model import STACK
 from .recognise import Recogniser, load
@@ -32,10 +33,7 @@ def packages():
         import onnx
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise TrainError(
-            f'{error.name} is missing: pip install "kdkernels[export]", '
-            'or pip install -e ".[train,export]" in a checkout'
-        ) from error
+        raise TrainError(missing(error.name, "export")) from error
     return onnx, onnxruntime
 
 

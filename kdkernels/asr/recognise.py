@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +33,11 @@ from .model import STACK, Encoder
 BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance normalise it
 PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
+# Where nobody has spoken for so long, that peak is the noise's own. But speech stands out from its
+# pauses, noise from nothing: frames of speech are, besides, RISE above the quietest CALM of those,
+# as SPOKEN others are. The last ENOUGH frames of speech normalise what comes until there are as
+# many new ones.
+RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 500  # nats; frames
 # A network is sure of a letter only some way into it, and of a word's last one only when the next
 # sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
 # voices. Their difference is one frame, so that words do not overlap: a space takes a frame.
@@ -114,13 +118,12 @@ def overlapping(
 
 def resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[Tensor]:
     """float32 [samples] or [samples, channels] in [-1, 1] at `rate` -> int16 [samples], 16 kHz."""
-    # A ratio of small numbers: it is off by less than 4 ms an hour, and its filters stay small.
-    ratio = Fraction(rate, audio.SAMPLE_RATE).limit_denominator(1000)
-    step, phases = ratio.numerator, ratio.denominator
-    reach = step * math.ceil((7 * max(1, ratio) + 1) / step + 1)  # of the filter, and more
+    step, phases = (r // math.gcd(rate, audio.SAMPLE_RATE) for r in (rate, audio.SAMPLE_RATE))
+    right = audio.reach(rate) + 1
+    left = step * math.ceil(right / step)
     mono = (torch.from_numpy(b if b.ndim == 1 else b.mean(1)) for b in blocks)
-    for window, first, count in overlapping(mono, reach, reach, step):
-        samples = audio.resample(window.numpy(), step, phases)
+    for window, first, count in overlapping(mono, left, right, step):
+        samples = audio.resample(window.numpy(), rate)
         start, size = first // step * phases, math.ceil(count / step * phases)
         yield torch.from_numpy(audio.to_int16(samples[start : start + size]))
 
@@ -135,20 +138,45 @@ def energies(samples: Iterable[Tensor]) -> Iterator[Tensor]:
         yield rows if at_end else rows[: count // hop]
 
 
+def outstanding(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 where one stands out, else 0."""
+    for window, first, count in overlapping(frames, BEFORE + CALM, 0):
+        power = window.logsumexp(1)
+        calm = nn.functional.pad(power, (CALM - 1, 0), value=math.inf).unfold(0, CALM, 1).mean(1)
+        padded = nn.functional.pad(-calm, (BEFORE, 0), value=-math.inf)[None]
+        floor = -nn.functional.max_pool1d(padded, BEFORE + 1, 1)[0]
+        above = power > floor + RISE
+        yield torch.cat([window, above[:, None].float()], 1)[first : first + count]
+
+
 def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 near the peak power, else 0."""
-    for window, first, count in overlapping(frames, BEFORE, PEAK):
+    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 near the peak power, else 0.
+
+    0 too where nothing has stood out for long, but for a stream of which nothing ever did.
+    """
+    spoken = False
+    for window, first, count in overlapping(outstanding(frames), BEFORE, PEAK):
         stop = first + count
+        window, above = window[:, :-1], window[:, -1]
         power = window.logsumexp(1)
         padded = nn.functional.pad(power, (BEFORE, PEAK), value=-math.inf)
         around = padded[None, first : stop + BEFORE + PEAK]
         peak = nn.functional.max_pool1d(around, BEFORE + 1 + PEAK, 1)[0]
         near = power[first:stop] > peak - QUIET
+        sums = nn.functional.pad(above.double().cumsum(0), (BEFORE + 1, 0))
+        enough = (sums[BEFORE + 1 :] - sums[: -BEFORE - 1])[first:stop] >= SPOKEN
+        before = torch.tensor([spoken] * count) | (enough.int().cummax(0).values > 0)
+        spoken = bool(before[-1])
+        near &= (enough & (above[first:stop] > 0)) | ~before
         yield torch.cat([window[first:stop], near[:, None].float()], 1)
 
 
 def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> the same, of mean 0 and variance 1 in the speech around a frame."""
+    """float32 [frames, MELS] -> the same, of mean 0 and variance 1 in the speech around a frame.
+
+    Where that is too little, the speech before it makes up for what is missing.
+    """
+    held = torch.zeros(1, 1), torch.zeros(1, 2 * features.MELS)
     for window, first, count in overlapping(loud(frames), BEFORE + NEAR, AFTER + NEAR):
         rows, near = window[:, :-1].double(), window[None, :, -1]
         speech = nn.functional.max_pool1d(near, 2 * NEAR + 1, 1, NEAR)[0].double()[:, None]
@@ -156,10 +184,23 @@ def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
         sums = nn.functional.pad(sums, (0, 0, 1, 0))
         at = torch.arange(first, first + count)
         low, high = (at - BEFORE).clamp(min=0), (at + AFTER + 1).clamp(max=len(window))
-        total, mean, square = (sums[high] - sums[low]).split([1, *[rows.shape[1]] * 2], 1)
-        mean, square = mean / total.clamp(min=1), square / total.clamp(min=1)
+        total, moments = (sums[high] - sums[low]).split([1, 2 * rows.shape[1]], 1)
+        moments, held = _made_up(total, moments, held)
+        mean, square = moments.chunk(2, 1)
         spread = (square - mean.square()).clamp(min=0).sqrt() + 1e-3
         yield ((rows[first : first + count] - mean) / spread).float()
+
+
+def _made_up(total: Tensor, sums: Tensor, held: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple]:
+    """(means of `sums` over `total` rows, held). Where these are fewer than ENOUGH, and than there
+    have been, the latest means over so many make up for those that lack; `held`: rows, means."""
+    total = torch.cat([held[0], total])
+    own = torch.cat([held[1], sums / total[1:].clamp(min=1)])
+    most = total.cummax(0).values.clamp(min=1, max=ENOUGH)
+    at = torch.arange(len(own))
+    latest = torch.where((total >= most)[:, 0], at, 0).cummax(0).values
+    means = own + (1 - total / most).clamp(min=0) * (own[latest] - own)
+    return means[1:], (most[-1:], own[latest[-1:]])
 
 
 def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:

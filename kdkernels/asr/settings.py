@@ -76,7 +76,9 @@ class Settings:
     )
     teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
     teacher_rows: list[str] = option(
-        [], f"teachers trained besides, for comparison: {', '.join(TEACHERS)}", metavar="LIST"
+        list(TEACHERS),
+        f"with --ssl-steps: teachers trained besides, for comparison, of {', '.join(TEACHERS)}",
+        metavar="LIST",
     )
     teacher_width: int = option(160, "channels of the teacher")
     teacher_layers: int = option(8, "layers of the teacher")
@@ -87,7 +89,14 @@ class Settings:
     frame_shift: int = option(4, "streaming student: frames by which it may come after the teacher")
 
     ssl_steps: int = option(
-        0, "self-supervised steps (BEST-RQ) before the teacher's own; 0: it starts from nothing"
+        0,
+        "self-supervised steps (BEST-RQ) before the teacher's own, and rows in the report of what "
+        "they bring, for few transcripts and for all; 0: it starts from nothing",
+    )
+    ssl_learning_rate: float = option(
+        1e-3,
+        "its peak in these steps; with that of --learning-rate the weights move so far that the "
+        "teacher ends up worse than from nothing",
     )
     teacher_steps: int = option(2500, "training steps of the teacher")
     student_steps: int = option(2000, "training steps of each student")
@@ -132,7 +141,10 @@ class Settings:
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     workers: int = option(2, "processes that synthesise speech and compute features")
-    tensorboard: bool = option(False, "write OUT/tensorboard too; OUT/*.jsonl is always written")
+    tensorboard: bool = option(
+        False,
+        "write OUT/tensorboard too, with kdkernels[tensorboard]; OUT/*.jsonl is always written",
+    )
 
 
 PRESETS = {
@@ -147,7 +159,7 @@ PRESETS = {
         "eval_every": 50,
         "arms": ["alone", "distilled", "distilled_without_transcripts"],
     },
-    "full": {"arms": list(ARMS), "teacher_rows": list(TEACHERS), "ssl_steps": 2500},
+    "full": {"arms": list(ARMS), "ssl_steps": 2500},
 }
 
 
@@ -240,8 +252,6 @@ def problem(settings: Settings) -> str | None:
             return f"--arms must have {needed}: the report compares with it"
     if not settings.teachers:
         return "--teachers must name one, e.g. own"
-    if settings.teacher_rows and not settings.ssl_steps:
-        return "--teacher-rows compares teachers with and without --ssl-steps: give these"
     manifests = (settings.transcribed, settings.untranscribed, settings.test)
     if any((*manifests, settings.dev)) and not all(manifests):
         return "own data needs --transcribed, --untranscribed and --test together"

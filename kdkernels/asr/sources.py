@@ -8,14 +8,12 @@
 Every line that cannot be used is reported with its place; it is left out only when asked for.
 """
 
-import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from . import audio
 from .files import TrainError
+from .tables import is_hugging_face, open_table
 
 SHARD = 250
 SHOWN = 20  # of the bad lines
@@ -81,7 +80,7 @@ def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Rec
     Raises TrainError, naming every bad line, unless `skip_bad`: then they are named on stderr.
     """
     path = Path(spec)
-    if spec.startswith("torchaudio:") or _is_hugging_face(path):
+    if spec.startswith("torchaudio:") or is_hugging_face(path):
         lines = _table(spec, transcripts)
     elif path.is_dir():
         lines = _kaldi(path, transcripts)
@@ -133,22 +132,40 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
     example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
 
     def line(where: str, row: str) -> Line:
+        def bad(reason: str) -> BadLineError:
+            return BadLineError(f"{where}: {reason}; expected e.g. {example}")
+
+        def number(name: str) -> float | None:
+            value = entry.get(name)
+            if value is None:
+                return None
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise bad(f"`{name}` is no number but {value!r}")
+            try:
+                seconds = float(value)
+            except ValueError as error:
+                raise bad(f"`{name}` is no number but {value!r}") from error
+            if not 0 <= seconds < math.inf:
+                raise bad(f"`{name}` must be seconds from 0 on, got {value!r}")
+            return seconds
+
         try:
             entry = json.loads(row)
-            filepath = entry["audio_filepath"]
-            text = entry["text"] if transcripts else ""
-            numbers = (entry.get("duration"), entry.get("offset"))
-            duration, offset = (None if x is None else float(x) for x in numbers)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise BadLineError(f"{where}: {reason}; expected e.g. {example}") from error
-        if not isinstance(filepath, str):
-            raise BadLineError(f"{where}: `audio_filepath` is no text; expected e.g. {example}")
-        text = _text(where, text, transcripts)
-        file = (path.parent / filepath).resolve()
-        start = offset or 0.0
+        except ValueError as error:
+            raise bad(f"no JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise bad(f"no JSON object but {row.strip()[:40]}")
+        for name in ("audio_filepath", *(["text"] if transcripts else [])):
+            if name not in entry:
+                raise bad(f"`{name}` is missing")
+        if not isinstance(entry["audio_filepath"], str):
+            raise bad(f"`audio_filepath` is no text but {entry['audio_filepath']!r}")
+        text = _text(where, entry.get("text"), transcripts)
+        duration, offset = number("duration"), number("offset")
         if offset is not None and duration is None:
-            raise BadLineError(f"{where}: an `offset` needs a `duration`; expected e.g. {example}")
+            raise bad("an `offset` needs a `duration`")
+        file = (path.parent / entry["audio_filepath"]).resolve()
+        start = offset or 0.0
         end = None if duration is None else start + duration
         _check(file, end, where)
         return Line(str(file), text, start, None if offset is None else end)
@@ -220,121 +237,3 @@ def _table(spec: str, transcripts: bool) -> Iterator[Callable[[], Line]]:
 
     for row in range(len(table)):
         yield lambda row=row: line(row)
-
-
-# ---- tables: len, text(row), audio(row) -> (float [samples, channels], rate), check(row), key ----
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-@cache
-def open_table(spec: str):
-    return Torchaudio(spec) if spec.startswith("torchaudio:") else HuggingFace(Path(spec))
-
-
-class HuggingFace:
-    """A dataset that `datasets.Dataset.save_to_disk` wrote."""
-
-    def __init__(self, folder: Path):
-        try:
-            import datasets
-        except ModuleNotFoundError as error:
-            raise TrainError(
-                f"{folder} is a Hugging Face dataset: pip install datasets, or write a manifest"
-            ) from error
-        if (folder / "dataset_dict.json").is_file():
-            raise TrainError(f"{folder} holds several splits: name one, e.g. {folder / 'train'}")
-        try:
-            data = datasets.load_from_disk(str(folder))
-        except Exception as error:  # whatever pyarrow finds wrong with it
-            raise TrainError(f"cannot read the dataset {folder}: {error}") from error
-        if "audio" not in data.column_names:
-            raise TrainError(f"{folder} has no column `audio`, only {data.column_names}")
-        if isinstance(data.features["audio"], datasets.Audio):
-            data = data.cast_column("audio", datasets.Audio(decode=False))
-        self._data = data
-        self._words = next((c for c in ("text", "sentence") if c in data.column_names), None)
-        state = (folder / "state.json").stat()
-        self.key = [state.st_size, state.st_mtime_ns]
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def text(self, row: int) -> str:
-        if self._words is None:
-            raise KeyError(f"no column `text`, only {self._data.column_names}")
-        return self._data[self._words][row]
-
-    def _file(self, row: int):
-        item = self._data["audio"][row]
-        if not item or not (item.get("bytes") or item.get("path")):
-            raise ValueError("`audio` is empty")
-        return io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
-
-    def check(self, row: int) -> None:
-        item = self._data["audio"][row]
-        if item and item.get("array") is not None:
-            return
-        audio.header(self._file(row))
-
-    def audio(self, row: int) -> tuple[np.ndarray, int]:
-        item = self._data["audio"][row]
-        if item and item.get("array") is not None:
-            return np.asarray(item["array"], np.float32).reshape(-1, 1), item["sampling_rate"]
-        return audio.decode(self._file(row))
-
-
-class Torchaudio:
-    """A dataset with torchaudio's items, (waveform [channels, samples], rate, transcript, ...).
-
-    CLASS of `torchaudio.datasets`, or any importable `package.module.Class` that is called and
-    read the same way. Where it has `get_metadata`, the file is read here: torchaudio's own
-    reader needs torchcodec.
-    """
-
-    def __init__(self, spec: str):
-        _, name, *arguments = spec.split(":")
-        module, _, cls = name.rpartition(".")
-        try:
-            made = getattr(import_module(module or "torchaudio.datasets"), cls)
-            self._data = made(*arguments)
-        except (ImportError, OSError) as error:  # OSError: a wheel made for CUDA beside a CPU torch
-            raise TrainError(
-                f"{spec}: torchaudio cannot be used here ({str(error).splitlines()[0]}); install "
-                "the torchaudio that fits this torch, or write a manifest"
-            ) from error
-        except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-            raise TrainError(f"{spec}: {error}") from error
-        self._folders = [Path(arguments[0])] if arguments else []
-        for attribute in ("_archive", "_path"):
-            if hasattr(self._data, attribute):
-                self._folders.insert(0, Path(getattr(self._data, attribute)))
-        self._named = hasattr(self._data, "get_metadata")
-        self.key = [spec, len(self._data)]
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def _item(self, row: int) -> tuple:
-        return self._data.get_metadata(row) if self._named else self._data[row]
-
-    def text(self, row: int) -> str:
-        said = self._item(row)[2]
-        return said.get("sentence", "") if isinstance(said, dict) else said
-
-    def _file(self, row: int) -> Path:
-        name = self._item(row)[0]
-        places = [folder / name for folder in self._folders]
-        return next((place for place in places if place.exists()), Path(name))
-
-    def check(self, row: int) -> None:
-        if self._named:
-            audio.header(self._file(row))
-
-    def audio(self, row: int) -> tuple[np.ndarray, int]:
-        if self._named:
-            return audio.decode(self._file(row))
-        waveform, rate = self._item(row)[:2]
-        return np.asarray(waveform, np.float32).T, rate

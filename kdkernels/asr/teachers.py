@@ -21,6 +21,7 @@ from torch import Tensor
 from . import files, training
 from .audio import SAMPLE_RATE
 from .data import Alphabet, Dataset
+from .extras import missing
 from .files import TrainError
 from .model import STACK, Encoder
 
@@ -84,7 +85,7 @@ def hugging_face(folder: Path) -> Foreign:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise TrainError(f"the teacher {folder} needs it: pip install transformers") from error
+        raise TrainError(f"the teacher {folder}: {missing('transformers', 'hub')}") from error
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import decode, files, processes
 from .batches import Batch
 from .data import Alphabet, Dataset
+from .extras import missing
 from .files import TrainError
 from .model import Encoder
 from .settings import Settings
@@ -202,7 +203,8 @@ class Metrics:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ModuleNotFoundError as error:
-                raise TrainError("--tensorboard needs it: pip install tensorboard") from error
+                name = "tensorboard"
+                raise TrainError(f"--tensorboard: {missing(name, name)}") from error
             self._board = SummaryWriter(str(out / "tensorboard" / name))
 
     def write(self, curve: list[Point]) -> None:

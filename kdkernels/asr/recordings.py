@@ -1,0 +1,140 @@
+"""Recordings -> NAME.txt, NAME.json, NAME.vtt and NAME.srt."""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+import kdkernels as kd
+
+from . import audio, captions, files, recognise
+from .console import progress
+
+SUFFIXES = (".txt", ".json", ".vtt", ".srt")
+BLOCK = 20.0  # seconds of a recording that are read at a time
+
+
+def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int]]:
+    """(float32 [samples, channels], rate) of a recording, read as they are asked for.
+
+    Raises:
+        TrainError: it cannot be read, to its end.
+    """
+    mends = f"`ffmpeg -i {path} whole.wav` may mend it"
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, OSError) as error:
+        reason = "there is no such file" if not path.exists() else error
+        raise files.TrainError(f"{path} cannot be read as audio ({reason}); {mends}") from error
+    with file:
+        rate = file.samplerate
+        if not audio.RATES[0] <= rate <= audio.RATES[1]:
+            raise files.TrainError(
+                f"{path} has {rate} samples a second, expected one of {audio.RATES[0]} to "
+                f"{audio.RATES[1]}"
+            )
+        if audio.cut_short(path):
+            raise files.TrainError(f"{path} is truncated: its header promises more; {mends}")
+        try:
+            while len(block := file.read(math.ceil(seconds * rate), "float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    raise files.TrainError(f"{path} holds samples that are no numbers")
+                yield block, rate
+        except soundfile.SoundFileError as error:
+            raise files.TrainError(
+                f"{path} is truncated or damaged ({error}, within {seconds:.0f} s of "
+                f"{file.tell() / rate:.0f} s); {mends}"
+            ) from error
+
+
+def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, doubt: float) -> str:
+    """Write text, JSON, WebVTT and SRT of one recording; returns a line about them.
+
+    Raises:
+        TrainError: the recording cannot be read or the files cannot be written.
+    """
+    start = time.perf_counter()
+    pieces = blocks(path)
+    head = next(pieces, None)
+    if head is None:
+        raise files.TrainError(f"{path} holds no audio")
+    rate, samples = head[1], 0
+    with progress(None, path.name, "s", leave=False) as bar:
+
+        def heard() -> Iterator[np.ndarray]:
+            nonlocal samples
+            for block, _ in itertools.chain([head], pieces):
+                yield block
+                samples += len(block)
+                bar.update(len(block) // rate)
+
+        words = list(recognise.recognise(model, heard(), rate))
+    shown = captions.captions(words, doubt)
+    results = {
+        "audio": path.name,
+        "seconds": round(samples / rate, 3),
+        "kdkernels": kd.__version__,
+        "text": " ".join(word.text for word in words),
+        "words": [captions.facts(word) for word in words],
+        "captions": [
+            {"start": c.start / 1000, "end": c.end / 1000, "lines": c.lines} for c in shown
+        ],
+    }
+    contents = (
+        captions.text(words, doubt),
+        json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        captions.webvtt(shown),
+        captions.srt(shown),
+    )
+    for output, content in zip(outputs, contents, strict=True):
+        files.write_bytes(output, content.encode())
+    fast = sum(map(captions.too_fast, shown))
+    return (
+        f"{path}: {samples / rate:.1f} s, {len(words)} words, {len(shown)} captions"
+        + (f", {fast} of them faster than 20 characters a second" if fast else "")
+        + f", in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def outputs_of(paths: list[Path], out: str | None, force: bool) -> list[list[Path]]:
+    """What is written for each recording; raises before the work where something would be lost."""
+    written = [
+        [(Path(out) if out else path.parent) / (path.stem + suffix) for suffix in SUFFIXES]
+        for path in paths
+    ]
+    seen: dict[Path, Path] = {}
+    for path, outputs in zip(paths, written, strict=True):
+        other = seen.setdefault(outputs[0].resolve(), path)
+        if other is not path:
+            raise files.TrainError(f"{other} and {path} would both be written to {outputs[0]}")
+        for output in outputs:
+            if output.exists() and not force:
+                raise files.TrainError(f"{output} exists; --force replaces it")
+            if output.resolve() == path.resolve():
+                raise files.TrainError(f"{path} would be overwritten; is it audio?")
+    return written
+
+
+def run(
+    paths: list[Path], out: str | None, force: bool, doubt: float, model: recognise.Recogniser
+) -> int:
+    """All recordings; what cannot be done is told, and the others are. Returns the exit code."""
+    written = outputs_of(paths, out, force)
+    if out:
+        files.check_writable(Path(out))
+    failed = 0
+    for path, outputs in zip(paths, written, strict=True):
+        try:
+            print(transcribe(path, outputs, model, doubt), flush=True)
+        except files.TrainError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+    if failed and len(paths) > 1:
+        print(f"{failed} of {len(paths)} recordings could not be done", file=sys.stderr)
+    return int(failed > 0)

@@ -1,0 +1,120 @@
+"""Standard input -> words, printed as they become final."""
+
+import json
+import math
+import statistics
+import sys
+import time
+import wave
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from . import audio, captions, files, recognise
+
+BLOCK = 0.1  # seconds
+
+
+class _Rewound:
+    """A stream that cannot seek, from its beginning on although `head` was read from it."""
+
+    def __init__(self, head: bytes, rest: BinaryIO):
+        self._head, self._rest = head, rest
+
+    def read(self, size: int) -> bytes:
+        head, self._head = self._head[:size], self._head[size:]
+        return head + self._rest.read(size - len(head)) if len(head) < size else head
+
+
+def blocks(
+    stream: BinaryIO, rate: int, channels: int, seconds: float = BLOCK
+) -> tuple[int, Iterator[np.ndarray]]:
+    """(rate, float32 [samples, channels] blocks) of raw 16-bit samples, or of wav, which says so.
+
+    Raises:
+        TrainError: a wav stream that is not 16-bit PCM.
+    """
+    head = stream.read(4)
+    source = _Rewound(head, stream)
+    read = source.read
+    if head == b"RIFF":
+        try:
+            opened = wave.open(source)  # noqa: SIM115
+        except (wave.Error, EOFError) as error:
+            raise files.TrainError(f"the wav stream cannot be read ({error}); send PCM") from error
+        rate, channels = opened.getframerate(), opened.getnchannels()
+        if opened.getsampwidth() != 2:
+            bits = 8 * opened.getsampwidth()
+            raise files.TrainError(f"the wav stream has {bits} bits a sample; send 16")
+        if not audio.RATES[0] <= rate <= audio.RATES[1]:
+            raise files.TrainError(
+                f"the wav stream has {rate} samples a second, expected one of "
+                f"{audio.RATES[0]} to {audio.RATES[1]}"
+            )
+
+        def read(size: int) -> bytes:
+            return opened.readframes(size // (2 * channels))
+
+    size = 2 * channels * math.ceil(seconds * rate)
+
+    def pieces() -> Iterator[np.ndarray]:
+        while data := read(size):
+            data = data[: len(data) // (2 * channels) * 2 * channels]  # a sample cut short
+            samples = np.frombuffer(data, "<i2").reshape(-1, channels)
+            yield samples.astype(np.float32) / 32768
+
+    return rate, pieces()
+
+
+def run(
+    source: BinaryIO,
+    rate: int,
+    channels: int,
+    doubt: float,
+    as_json: bool,
+    model: recognise.Recogniser,
+) -> int:
+    """Words to standard output, a new line after a pause; latencies to standard error.
+
+    The audio latency of a word is what was read after its end when it was printed; processing is
+    the time from a block's arrival to the last word that it decided.
+    """
+    rate, pieces = blocks(source, rate, channels)
+    samples, arrived, computing = 0, time.perf_counter(), 0.0
+
+    def heard() -> Iterator[np.ndarray]:
+        nonlocal samples, arrived, computing
+        for block in pieces:
+            samples, arrived = samples + len(block), time.perf_counter()
+            yield block
+            computing += time.perf_counter() - arrived
+
+    lags, delays, before = [], [], None
+    for word in recognise.recognise(model, heard(), rate):
+        lags.append(samples / rate - word.end)
+        if as_json:
+            line = {**captions.facts(word), "latency": round(lags[-1], 3)}
+            print(json.dumps(line, ensure_ascii=False))
+        else:
+            pause = before is not None and word.start - before >= captions.PARAGRAPH
+            gap = "" if before is None else "\n" if pause else " "
+            print(gap + captions.marked(word, doubt), end="", flush=True)
+        delays.append(time.perf_counter() - arrived)
+        before = word.end
+    if before is not None and not as_json:
+        print()
+    seconds = samples / rate
+    print(f"{seconds:.1f} s, {len(lags)} words", end="", file=sys.stderr)
+    if lags:
+        print(
+            f"; from the end of a word to its printing: {statistics.median(lags):.2f} s of audio "
+            f"in the median, {max(lags):.2f} s at most, of which "
+            f"{recognise.look_ahead(model):.2f} s are what the model must hear after it; "
+            f"and {1e3 * statistics.median(delays):.0f} ms of computing, "
+            f"{1e3 * max(delays):.0f} ms at most; {computing / seconds:.3f} s a second",
+            end="",
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
+    return 0

@@ -1,0 +1,145 @@
+"""python -m kdkernels.transcribe AUDIO...: what is written, what is refused."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import srt
+import torch
+import webvtt
+from tones import RATE, call, sentence, tones
+
+from kdkernels.asr import audio, files, recordings
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate", "channels"),
+    [
+        ("wav", 16000, 1),
+        ("flac", 44100, 2),
+        ("ogg", 48000, 1),
+        ("wav", 22050, 6),
+        ("mp3", 32000, 1),
+    ],
+)
+def test_a_recording_of_any_kind(run, tmp_path, capsys, suffix, rate, channels):
+    text = sentence(random.Random(5), 12)
+    samples, starts, _ = tones(text, np.random.default_rng(5))
+    seconds = len(samples) / RATE
+    samples = audio.resample(samples, RATE, rate)
+    path = tmp_path / f"talk.{suffix}"
+    soundfile.write(path, np.repeat(samples[:, None], channels, 1), rate)
+    assert call(path, "--model", run) == 0
+    assert f"talk.{suffix}: {seconds:.1f} s, 12 words" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "talk.json").read_text())
+    assert facts["text"] == text
+    assert [word["word"] for word in facts["words"]] == text.split()
+    for word, start in zip(facts["words"], starts, strict=True):
+        assert abs(word["start"] - start) < 0.15
+        assert 0 < word["confidence"] <= 1
+    assert (tmp_path / "talk.txt").read_text().replace("(?)", "") == text + "\n"
+    cues = webvtt.read(tmp_path / "talk.vtt")
+    subtitles = list(srt.parse((tmp_path / "talk.srt").read_text()))
+    assert len(cues) == len(subtitles) == len(facts["captions"])
+    shown = " ".join(subtitle.content.replace("\n", " ") for subtitle in subtitles)
+    assert shown.replace("(?)", "") == text
+
+
+def test_a_long_recording_is_read_in_blocks(run, recogniser, long, tmp_path, monkeypatch):
+    samples, text, _, _ = long
+    soundfile.write(tmp_path / "long.wav", samples, RATE)
+    sizes = [len(block) for block, _ in recordings.blocks(tmp_path / "long.wav")]
+    assert len(sizes) > 3
+    assert max(sizes) == recordings.BLOCK * RATE
+    assert call(tmp_path / "long.wav", "--model", run, "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "long.json").read_text())["text"] == text
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, capsys):
+    good = tmp_path / "good.wav"
+    soundfile.write(good, tones("ab cd", np.random.default_rng(0))[0], RATE)
+    soundfile.write(tmp_path / "whole.flac", np.random.default_rng(0).random(RATE), RATE)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    nan = np.zeros(RATE, "f4")
+    nan[9] = np.nan
+    soundfile.write(tmp_path / "nan.wav", nan, RATE, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("this is no audio" * 100)
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "cut.wav").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "chopped.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:9000])
+    soundfile.write(tmp_path / "slow.wav", np.zeros(100), 100)
+    reasons = {
+        "missing.wav": "there is no such file",
+        "empty.wav": "holds no audio",
+        "nan.wav": "holds samples that are no numbers",
+        "text.wav": "cannot be read as audio",
+        "nothing.wav": "cannot be read as audio",
+        "cut.wav": "is truncated",
+        "chopped.flac": "is truncated or damaged",
+        "slow.wav": "has 100 samples a second, expected one of 1000 to 768000",
+        ".": "cannot be read as audio",
+    }
+    bad = [tmp_path / name for name in reasons]
+    assert call(*bad, good, "--model", run, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    for path, reason, line in zip(bad, reasons.values(), lines, strict=False):
+        assert line.startswith(f"error: {path} ")
+        assert reason in line
+    assert lines[len(bad) :] == [f"{len(bad)} of {len(bad) + 1} recordings could not be done"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"good.{suffix}" for suffix in ("txt", "json", "vtt", "srt")
+    }
+    assert said.out.startswith(f"{good}: ")
+
+
+def test_nothing_is_lost(run, tmp_path, capsys):
+    samples = tones("ab cd", np.random.default_rng(0))[0]
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, samples, RATE)
+    (tmp_path / "a.txt").write_text("my notes")
+    assert call(tmp_path / "a.wav", "--model", run) == 2
+    assert "a.txt exists; --force replaces it" in capsys.readouterr().err
+    assert (tmp_path / "a.txt").read_text() == "my notes"
+    assert call(tmp_path / "a.wav", tmp_path / "a.flac", "--model", run, "--force") == 2
+    assert "would both be written to" in capsys.readouterr().err
+    assert call(tmp_path / "a.wav", "--model", run, "--force") == 0
+    assert (tmp_path / "a.txt").read_text() != "my notes"
+    (tmp_path / "file").write_text("")
+    assert call(tmp_path / "a.wav", "--model", run, "--out", tmp_path / "file" / "x") == 2
+    assert "cannot write into the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no model"),
+        (b"", "cannot be read as a model"),
+        (b"x" * 1000, "cannot be read as a model"),
+        ({}, "is no model of `python -m kdkernels.train`"),
+        ({"shape": [8, 2, 5], "alphabet": " abcd"}, "cannot be read as a model"),
+    ],
+)
+def test_a_model_that_cannot_be_used(tmp_path, capsys, content, message):
+    path = tmp_path / "student_distilled.safetensors"
+    if isinstance(content, dict):
+        files.save_tensors(path, {"x": torch.zeros(1)}, "key", **content)
+    elif content is not None:
+        path.write_bytes(content)
+    for place in (tmp_path, path):
+        assert call("a.wav", "--model", place) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+        assert call("a.wav", "--model", place) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a.wav", "--stream"], ["a.wav", "--doubt", "2"], ["--stream", "--rate", "0"],
+     ["--stream", "--channels", "0"]],
+)  # fmt: skip
+def test_arguments_that_make_no_sense(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        call(*arguments, "--model", "x")

@@ -162,6 +162,7 @@ class Contender(NamedTuple):
     step: Callable[[], object]  # what is timed
     # () -> summed loss and its gradient in float64, or None where there is none
     result: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    peak: int | None = None  # bytes that a step needs, where the compiler knows them
 
 
 def evaluate(loss: Callable, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +192,8 @@ def loss_contender(make: Callable, inputs: Inputs) -> Contender:
 
 
 def optax_contender(inputs: Inputs) -> Contender:
-    step = peers.optax_ctc(inputs)
-    return Contender(step, lambda: peers.optax_result(step()))
+    step, peak = peers.optax_ctc(inputs)
+    return Contender(step, lambda: peers.optax_result(step()), peak)
 
 
 def align_contender(align: Callable, inputs: Inputs) -> Contender:

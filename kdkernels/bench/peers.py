@@ -108,7 +108,7 @@ def liger_divergence(i, x, reduction="batchmean", *, temperature, beta):
 
 
 def optax_ctc(inputs):
-    """optax.ctc_loss under jit, summed, value and gradient: () -> (loss, gradient [N, T, C]).
+    """optax.ctc_loss under jit, summed: () -> (loss, gradient [N, T, C]), and the bytes it needs.
 
     XLA has threads of its own, as many as there are cores, whatever torch's number is.
     """
@@ -125,8 +125,12 @@ def optax_ctc(inputs):
     def loss(x):
         return optax.ctc_loss(x, frame_padding, labels, label_padding).sum()
 
-    compiled = jax.jit(jax.value_and_grad(loss))
-    return lambda: jax.block_until_ready(compiled(logits))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(logits).compile()
+    need = compiled.memory_analysis()
+    return (
+        lambda: jax.block_until_ready(compiled(logits)),
+        need.temp_size_in_bytes + need.output_size_in_bytes,
+    )
 
 
 def optax_result(result) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,8 +31,8 @@ def measure_row(shape: Shape, args) -> dict:
     row = time_row(shape, steps, args)
     if args.memory or args.complete:
         row["peak_memory"] = {
-            name: memory.peak(step, inputs) / (4 * shape.numel)
-            for name, step in steps.items()
+            name: (rival.peak or memory.peak(rival.step, inputs)) / (4 * shape.numel)
+            for name, rival in rivals.items()
             if name != "copy" and memory.CLEAR.exists()
         }
     if args.errors or args.complete:
@@ -40,7 +40,7 @@ def measure_row(shape: Shape, args) -> dict:
     if args.complete and args.threads > 1:
         two = {name: steps[name] for name in ("ours", "eager", "reference") if name in steps}
         torch.set_num_threads(1)
-        row["one_thread"] = medians(two, MIN_ROUNDS)
+        row["one_thread"] = medians(two, 3)
         torch.set_num_threads(args.threads)
     if (args.loop or args.complete) and shape.op in OURS and shape.numel <= LOOP_ELEMENTS:
         row["loop"] = loop_row(shape, inputs, args)

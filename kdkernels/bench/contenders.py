@@ -121,6 +121,11 @@ EAGER = {"kd_loss": eager_kd, "ctc_loss": eager_ctc, "ctc_kd_loss": eager_ctc_kd
 COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
 
 
+# torch.compile leaves torch's CTC as it is. What it can fuse, the log_softmax, takes a share of the
+# time from this many classes on; below, it would be eager torch twice.
+COMPILED_CTC_CLASSES = 1000
+
+
 def compiled(loss: Callable, device: str) -> Callable:
     torch._dynamo.reset()
     mode = "max-autotune" if device == "cuda" else None
@@ -133,8 +138,9 @@ def loss_table(shape: Shape, backend: str | None = None, device: str = "cpu"):
     table = {
         "ours": lambda: partial(OURS[op], backend=backend),
         "eager": lambda: EAGER[op],
-        "compile": lambda: compiled(EAGER[op], device),
     }
+    if op != "ctc_loss" or shape.C >= COMPILED_CTC_CLASSES:
+        table["compile"] = lambda: compiled(EAGER[op], device)
     if op == "kd_loss":
         table["trl"] = lambda: partial(peers.trl_divergence, temperature=TEMPERATURE, beta=BETA)
         table["liger"] = lambda: partial(peers.liger_divergence, temperature=TEMPERATURE, beta=BETA)

@@ -20,10 +20,10 @@ def peak(step: Callable, inputs) -> int:
     """Bytes beyond the inputs that one step has in use at its peak, gradient included.
 
     The step ran before: threads and code are there. What others freed goes back to the kernel
-    first, so that nobody finds his memory ready. Of three steps the least: what an allocator
+    first, so that nobody finds his memory ready. Of two steps the least: what an allocator
     wastes is chance.
     """
-    return min(peak_once(step, inputs) for _ in range(3))
+    return min(peak_once(step, inputs) for _ in range(2))
 
 
 def peak_once(step: Callable, inputs) -> int:

@@ -5,6 +5,6 @@ import pytest
 OP = "ctc_align"
 
 
-@pytest.mark.parametrize("name", ["ours", "reference", "copy"])
+@pytest.mark.parametrize("name", ["ours", "reference", "torchaudio", "copy"])
 def bench_ctc_align(run, name):
     run(name)

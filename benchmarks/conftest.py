@@ -28,10 +28,14 @@ def _threads(request):
 @pytest.fixture
 def run(benchmark, shape):
     """Time one contender of one shape; contenders of a shape form a group."""
+    from kdkernels.bench import peers
     from kdkernels.bench.contenders import contenders, make_inputs
 
     def run(name):
-        step = contenders(shape, make_inputs(shape), only=name)[name]
+        rivals = contenders(shape, make_inputs(shape), only=(name,))
+        if name not in rivals:
+            pytest.skip(f"{name} does not run here: {peers.status()[name]['why_not']}")
+        step = rivals[name].step
         benchmark.group = f"{shape.op} {shape.label}"
         benchmark.extra_info["logit_bytes"] = 4 * shape.numel
         benchmark.pedantic(step, rounds=20, warmup_rounds=3)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.bench import markdown, peers
-from kdkernels.bench.compare import interval, verdict
+from kdkernels.bench import instructions, markdown, peers
+from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import contenders, make_inputs
-from kdkernels.bench.errors import judged
+from kdkernels.bench.errors import errors, judged
 from kdkernels.bench.report import BEGIN, END, PAGE, with_section
 from kdkernels.bench.shapes import OPS, SHAPES, TINY
 from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
@@ -32,6 +32,21 @@ def test_docs_agree_with_the_results(results):
     assert sorted(plots) == sorted(x for x in plots if f"]({x})" in page)
     before_plots = page.split("\n\n![")[0].strip()
     assert before_plots == markdown.report(results).strip()
+
+
+def test_a_row_where_another_is_faster_says_why(results):
+    for op, shape, name, _ in (x for result in results for x in markdown.beaten(result)):
+        assert (op, shape) in markdown.SLOWER_BECAUSE, f"{name} is faster at {op} {shape}: say why"
+
+
+def test_another_that_is_faster_is_named():
+    row = {"op": "kd_loss", "shape": "(1, 2)"}
+    ratios = {"eager": 0.5, "separate": 4.0, "compile": 2.0, "copy": 9.0}
+    row["ratios"] = {n: {"value": r} for n, r in ratios.items()}
+    text = markdown.not_the_fastest({"rows": [row]})
+    assert "eager torch is 2.00 times as fast. Nobody has said why." in text
+    assert "ctc_loss + kd_loss is 4.00 times as fast" in text
+    assert len(text.splitlines()) == 2
 
 
 def test_a_gpu_that_was_not_measured_is_said_to_be_missing(results):
@@ -118,14 +133,18 @@ def test_contenders_take_turns_until_the_rounds_or_the_seconds_are_over():
     times = interleave(steps, rounds=3, cold=True)  # cold: one call a turn
     assert [len(t) for t in times.values()] == [3, 3]
     assert "".join(turns[-6:]) == "abbaab"
-    assert [len(t) for t in interleave(steps, 50, seconds=0, cold=True).values()] == [
-        MIN_ROUNDS,
-        MIN_ROUNDS,
-    ]
 
 
-def test_ratio_is_of_medians_with_the_spread_within_rounds():
-    times = {"a": [2.0, 4.0, 6.0], "b": [1.0, 1.0, 2.0]}
+def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
+    steps = dict.fromkeys("ab", lambda: None)
+    times = interleave(steps, 50, seconds=0, cold=True)
+    assert list(times["a"]) == list(range(50))  # the first, which others are compared with
+    assert list(times["b"]) == [0, 10, 20, 30, 40]
+    assert len(times["b"]) == MIN_ROUNDS
+
+
+def test_ratio_is_of_medians_with_the_spread_within_rounds_that_both_ran_in():
+    times = {"a": {0: 2.0, 3: 4.0, 6: 6.0}, "b": {0: 1.0, 1: 9.0, 2: 1.0, 3: 1.0, 6: 2.0}}
     assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
 
 
@@ -145,12 +164,41 @@ def test_a_row_has_moved_only_when_it_leaves_the_noise():
     assert interval([float(i) for i in range(25)]) == (7.0, 17.0)
 
 
+def test_instructions_are_those_of_the_extension_alone():
+    dump = """desc: Trigger: Client Request: 7
+events: Ir
+ob=/site/kdkernels/_C.cpython-311-x86_64-linux-gnu.so
+fn=0x1
+0 100
+cob=/lib/libm.so.6
+cfn=log
+calls=2 0
+0 1000
+0 20
+ob=/lib/libm.so.6
+fn=log
+0 1000
+ob=/site/kdkernels/_C.cpython-311-x86_64-linux-gnu.so
+fn=0x2
+0 3
+"""
+    assert instructions.parse(dump) == (7, 123)
+    assert instructions.parse("desc: Trigger: Program termination") is None
+    assert count_verdict(1000, 1004)["moved"] == ""
+    assert count_verdict(1000, 1006)["moved"] == "slower"
+    assert count_verdict(1000, 994)["moved"] == "faster"
+
+
 @pytest.mark.parametrize("shape", TINY, ids=lambda s: f"{s.op} {s.label}")
 def test_every_contender_runs(shape):
-    steps = contenders(shape, make_inputs(shape), compile=False)
-    assert next(iter(steps)) == "ours"
-    for step in steps.values():
-        step()
+    inputs = make_inputs(shape)
+    rivals = contenders(shape, inputs, compile=False)
+    assert next(iter(rivals)) == "ours"
+    for rival in rivals.values():
+        rival.step()
+    found = errors(shape, inputs, rivals)
+    assert set(found) == set(rivals) - {"copy"}
+    assert not any(e["differs"] for e in found.values())
 
 
 def test_every_operator_has_rows_and_a_benchmark_file():

@@ -12,110 +12,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
-from . import markdown, memory
+from . import markdown
 from .accuracy import accuracy
-from .contenders import EAGER, OURS, contenders, make_inputs
-from .errors import error_row
 from .machine import describe
+from .rows import measure_rows
 from .scaling import scaling, training_step
-from .shapes import OPS, Shape, select
-from .timing import copy_bandwidth, interleave, medians, ratio, spread
-
-# Contenders that ours is compared with as so many times as fast; of the others (a copy, our two
-# losses in turn) ours takes a share of the time.
-FASTER_THAN = ("eager", "compile", "trl", "liger", "optax", "reference", "torchaudio")
-
-
-def time_row(shape: Shape, args) -> dict:
-    steps = contenders(shape, make_inputs(shape), args.backend, args.compile)
-    times = interleave(steps, args.rounds, args.seconds, args.cold)
-    row = {
-        "op": shape.op,
-        "shape": shape.label,
-        "note": shape.note,
-        "logit_bytes": 4 * shape.numel,
-        "seconds": {name: spread(t) for name, t in times.items()},
-        "ratios": {
-            name: ratio(times, name, "ours") if name in FASTER_THAN else ratio(times, "ours", name)
-            for name in times
-            if name != "ours"
-        },
-    }
-    moved = markdown.MOVES[shape.op][0] * 4 * shape.numel
-    row["gigabytes_per_second"] = moved / row["seconds"]["ours"]["median"] / 1e9
-    row["floors"] = {
-        name: {"floor": floor, "met": meets(name, row["ratios"][name]["value"], floor)}
-        for name, floor in (shape.floors or {}).items()
-        if name in row["ratios"]
-    }
-    if args.complete and args.threads > 1:
-        torch.set_num_threads(1)
-        two = ("ours", "eager")
-        row["one_thread"] = medians(
-            {n: s for n, s in steps.items() if n in two}, args.rounds, args.seconds / 3
-        )
-        torch.set_num_threads(args.threads)
-    return row
-
-
-def meets(name: str, value: float, floor: float) -> bool:
-    return value >= floor if name in FASTER_THAN else value <= floor
-
-
-def loop_row(shape: Shape, args) -> dict[str, float]:
-    """The same step between a layer and its update, as in training.
-
-    A thread pool of the package's own, next to torch's, would show here and nowhere else. `idle` is
-    the loop with a loss that costs next to nothing.
-    """
-    inputs = make_inputs(shape)
-    hidden = torch.randn(*inputs.student.shape[:-1], 128)
-    layer = torch.nn.Linear(128, shape.C)
-
-    def idle(i, x):
-        return (x * i.teacher).mean()
-
-    def loop_of(loss):
-        def step():
-            layer.zero_grad(set_to_none=True)
-            loss(inputs, layer(hidden)).backward()
-            with torch.no_grad():
-                layer.weight.sub_(layer.weight.grad, alpha=1e-6)
-
-        return step
-
-    def ours(i, x):
-        return OURS[shape.op](i, x, backend=args.backend)
-
-    losses = {"ours": ours, "eager": EAGER[shape.op], "idle": idle}
-    steps = {name: loop_of(loss) for name, loss in losses.items()}
-    return medians(steps, args.rounds, args.seconds / 3)
-
-
-def measure_rows(args, bandwidth: float) -> list[dict]:
-    wanted = [
-        (i, shape)
-        for i, shape in enumerate(select(tiny=args.tiny))
-        if args.op in (None, shape.op) and (args.shape or "") in shape.label
-    ]
-    rows = {}
-    for i, shape in wanted:
-        row = rows[i] = time_row(shape, args)
-        row["share_of_copy_bandwidth"] = row["gigabytes_per_second"] * 1e9 / bandwidth
-        if (args.loop or args.complete) and shape.op in OURS:
-            row["loop"] = loop_row(shape, args)
-        if args.errors or args.complete:
-            names = [n for n in row["seconds"] if n != "copy"]
-            row["errors"] = error_row(shape, names, args.backend)
-        print(markdown.row_text(row), flush=True)
-    if args.memory or args.complete:
-        names = {i: [n for n in row["seconds"] if n != "copy"] for i, row in rows.items()}
-        for i, peaks in memory.peaks(names, args).items():
-            rows[i]["peak_memory"] = peaks
-    return list(rows.values())
+from .shapes import OPS
+from .timing import copy_bandwidth
 
 
 def parse() -> argparse.Namespace:
@@ -127,7 +34,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument(
-        "--seconds", type=float, help="begin no round of a row after this; 2 where all is measured"
+        "--seconds",
+        type=float,
+        help="of a row: who is slow sits rounds out; 2 where all is measured",
     )
     p.add_argument("--backend", help="backend of this package")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
@@ -140,7 +49,6 @@ def parse() -> argparse.Namespace:
     p.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
     p.add_argument("--json", type=Path, help="write the results here too")
     p.add_argument("--out", type=Path, default=Path("kdkernels-bench"), help="folder of the report")
-    p.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole
@@ -152,10 +60,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
-    if args.peak:
-        name, *rows = args.peak
-        print(json.dumps(memory.child(name, list(map(int, rows)), args.tiny, args.backend)))
-        return 0
+    began = perf_counter()
     result = describe(args)
     bandwidth = result["copy_bytes_per_second"] = copy_bandwidth()
     print(markdown.conditions(result))
@@ -165,8 +70,9 @@ def main() -> int:
         result["accuracy"] = accuracy(args)
         result["scaling"] = scaling(args)
         result["training_step"] = training_step(args)
+    result["took_seconds"] = perf_counter() - began
     missed = sum(not f["met"] for row in result["rows"] for f in row["floors"].values())
-    print(f"\n{missed} floors missed")
+    print(f"\n{missed} floors missed; {result['took_seconds']:.0f} s")
     if args.json:
         write(args.json, json.dumps(result, indent=1) + "\n")
     if args.whole:

@@ -1,9 +1,11 @@
 """Did a change make a row slower? Two commits in alternating runs, for maintainers.
 
-    python -m kdkernels.bench.compare main HEAD
+    python -m kdkernels.bench.compare main HEAD                   # wall times
+    python -m kdkernels.bench.compare main HEAD --instructions    # callgrind: instructions.py
 
-Both commits are built into folders of their own and measured by the benchmark of this checkout. The
-old commit runs in two processes: what these differ by is the noise. Run it from the repository.
+Both commits are built into folders of their own and measured by the benchmark of this checkout. Of
+wall times the old commit has two processes: what these differ by is the noise. Instructions have
+none. Run it from the repository.
 """
 
 import argparse
@@ -17,10 +19,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from . import instructions
 from .shapes import OPS, select
 
 HERE = Path(__file__).parent
-LEAST = 0.02  # a row that moved by less than this is not reported, however quiet the machine
+# A row that moved by less than this is not reported, however quiet the machine.
+LEAST = 0.02
+LEAST_INSTRUCTIONS = 0.005
 
 
 # ---------------------------------------------------------------- builds
@@ -54,7 +59,7 @@ def environment(site: Path, **variables: str) -> dict[str, str]:
 
 # Without `site`, or the import hook of an editable install would put its own sources in the place
 # of the folder's.
-CHILD = [sys.executable, "-S", "-m", "kdkernels.bench.compare"]
+PYTHON = [sys.executable, "-S", "-m"]
 
 
 def check_sources() -> None:
@@ -79,14 +84,13 @@ def serve(args) -> None:
         if row != int(line):
             row = int(line)
             shape = select(tiny=args.tiny)[row]
-            step = contenders(shape, make_inputs(shape), only="ours")
-        ((seconds,),) = interleave(step, 1).values()
-        print(seconds, flush=True)
+            step = contenders(shape, make_inputs(shape), only=("ours",))["ours"].step
+        print(interleave({"ours": step}, 1)["ours"][0], flush=True)
 
 
 class Child:
     def __init__(self, site: Path, args):
-        command = [*CHILD, "--serve"]
+        command = [*PYTHON, "kdkernels.bench.compare", "--serve"]
         command += ["--threads", str(args.threads), *(["--tiny"] if args.tiny else [])]
         self.process = subprocess.Popen(
             command, cwd=site, env=environment(site), text=True,
@@ -141,6 +145,28 @@ def verdict(times: dict[str, list[float]]) -> dict:
     return {"ratio": median(against), "low": low, "high": high, "noise": noise, "moved": moved}
 
 
+# ---------------------------------------------------------------- instructions
+
+
+def counts(site: Path, rows: list[int], args) -> dict[int, int]:
+    """Row -> instructions of the extension in `site`."""
+    return instructions.count(
+        [*PYTHON, "kdkernels.bench.instructions"],
+        rows,
+        args.tiny,
+        folder=site.parent / "callgrind",
+        cwd=site,
+        env=environment(site, **instructions.SETTINGS),
+    )
+
+
+def count_verdict(old: int, new: int) -> dict:
+    ratio = new / old
+    moved = abs(ratio - 1) > LEAST_INSTRUCTIONS
+    word = ("slower" if ratio > 1 else "faster") if moved else ""
+    return {"ratio": ratio, "old": old, "new": new, "moved": word}
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -151,6 +177,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--shape", default="", help="only rows whose sizes contain this")
     p.add_argument("--rounds", type=int, default=25)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--instructions", action="store_true", help="count them, by callgrind")
     p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
     p.add_argument("--json", type=Path)
     p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
@@ -173,10 +200,18 @@ def main() -> int:
             build(c, Path(folder) / n, args.pip)
             for c, n in zip(args.commits, ("old", "new"), strict=True)
         )
-        results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
+        if args.instructions:
+            before, after = counts(old, rows, args), counts(new, rows, args)
+            results = {i: count_verdict(before[i], after[i]) for i in rows}
+        else:
+            results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
     for i, r in results.items():
-        spread = f"[{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}"
-        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f} {spread} {r['moved']}")
+        said = (
+            f"{r['old']:,} to {r['new']:,} instructions"
+            if args.instructions
+            else f"[{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}"
+        )
+        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f} {said} {r['moved']}")
     slower = sum(r["moved"] == "slower" for r in results.values())
     faster = sum(r["moved"] == "faster" for r in results.values())
     print(f"{slower} rows slower, {faster} faster, of {len(results)}")

@@ -1,7 +1,7 @@
 """What is compared: this package, eager torch, torch.compile, installed peers, and a plain copy.
 
-Every step is one training step as the loss sees it: raw logits in, `backward()`, and a gradient
-tensor that did not exist before. ctc_align has no gradient: its step is the call.
+Every step is one training step as the loss sees it: raw logits in, the summed loss, `backward()`,
+and a gradient tensor that did not exist before. ctc_align has no gradient: its step is the call.
 """
 
 from collections.abc import Callable
@@ -121,6 +121,11 @@ EAGER = {"kd_loss": eager_kd, "ctc_loss": eager_ctc, "ctc_kd_loss": eager_ctc_kd
 COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
 
 
+# torch.compile leaves torch's CTC as it is. What it can fuse, the log_softmax, takes a share of the
+# time from this many classes on; below, it would be eager torch twice.
+COMPILED_CTC_CLASSES = 1000
+
+
 def compiled(loss: Callable, device: str) -> Callable:
     torch._dynamo.reset()
     mode = "max-autotune" if device == "cuda" else None
@@ -128,19 +133,17 @@ def compiled(loss: Callable, device: str) -> Callable:
 
 
 def loss_table(shape: Shape, backend: str | None = None, device: str = "cpu"):
-    """Name -> function that makes the loss (or the compiled one), `ours` first."""
+    """Name -> () -> the loss, made or compiled only when it is wanted; `ours` first."""
     op = shape.op
     table = {
         "ours": lambda: partial(OURS[op], backend=backend),
         "eager": lambda: EAGER[op],
-        "compile": lambda: compiled(EAGER[op], device),
     }
+    if op != "ctc_loss" or shape.C >= COMPILED_CTC_CLASSES:
+        table["compile"] = lambda: compiled(EAGER[op], device)
     if op == "kd_loss":
         table["trl"] = lambda: partial(peers.trl_divergence, temperature=TEMPERATURE, beta=BETA)
-        if peers.liger_runs(device):
-            table["liger"] = lambda: partial(
-                peers.liger_divergence, temperature=TEMPERATURE, beta=BETA
-            )
+        table["liger"] = lambda: partial(peers.liger_divergence, temperature=TEMPERATURE, beta=BETA)
     if op == "ctc_kd_loss":
         table["separate"] = lambda: partial(separate_ctc_kd, backend=backend)
     return table
@@ -154,33 +157,62 @@ def align_table(backend: str | None = None):
             i.student.detach(), i.targets, i.input_lengths, i.target_lengths, backend=backend
         )
 
-    table = {"ours": ours, "reference": partial(ours, backend="reference")}
-    if peers.status()["torchaudio"]["version"]:
-        table["torchaudio"] = peers.torchaudio_align
-    return table
+    return {
+        "ours": ours,
+        "reference": partial(ours, backend="reference"),
+        "torchaudio": peers.torchaudio_align,
+    }
 
 
-def step_of(loss: Callable, inputs: Inputs) -> Callable[[], None]:
+class Contender(NamedTuple):
+    step: Callable[[], object]  # what is timed
+    # () -> summed loss and its gradient in float64, or None where there is none
+    result: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    peak: int | None = None  # bytes that a step needs, where the compiler knows them
+
+
+def evaluate(loss: Callable, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss and its gradient, in float64.
+
+    Summed, so that the gradient of a frame has its natural size, up to 1.
+    """
+    inputs.student.grad = None
+    value = loss(inputs, inputs.student, reduction="sum")
+    value.backward()
+    return value.detach().double(), inputs.student.grad.double()
+
+
+def step_of(loss: Callable, inputs: Inputs, **options) -> Callable[[], None]:
     """Forward and backward, into a fresh gradient."""
 
     def step():
         inputs.student.grad = None
-        loss(inputs, inputs.student).backward()
+        loss(inputs, inputs.student, **options).backward()
 
     return step
 
 
-def copy_step(inputs: Inputs, tensors: float) -> Callable[[], None]:
+def loss_contender(make: Callable, inputs: Inputs) -> Contender:
+    loss = make()
+    return Contender(step_of(loss, inputs, reduction="sum"), partial(evaluate, loss, inputs))
+
+
+def optax_contender(inputs: Inputs) -> Contender:
+    step, peak = peers.optax_ctc(inputs)
+    return Contender(step, lambda: peers.optax_result(step()), peak)
+
+
+def align_contender(align: Callable, inputs: Inputs) -> Contender:
+    return Contender(partial(align, inputs), lambda: (align(inputs)[1].double().sum(), None))
+
+
+def copy_contender(inputs: Inputs, tensors: float) -> Contender:
     """Copy `tensors` logit tensors into fresh memory."""
     x = inputs.student.detach().flatten()
     parts = [x] * int(tensors)
     if tensors % 1:
         parts.append(x[: int(x.numel() * (tensors % 1))])
-
-    def step():
-        return [p.clone() for p in parts] and None
-
-    return step
+    return Contender(lambda: [p.clone() for p in parts] and None)
 
 
 def contenders(
@@ -188,17 +220,29 @@ def contenders(
     inputs: Inputs,
     backend: str | None = None,
     compile: bool = True,
-    only: str | None = None,
-) -> dict[str, Callable[[], None]]:
-    """Name -> step, `ours` first; without those that take long to compile, or one alone."""
+    only: tuple[str, ...] = (),
+) -> dict[str, Contender]:
+    """Name -> contender, `ours` first: those that run here; without those that take long to
+    compile, or some alone."""
     device = inputs.student.device.type
     if shape.op == "ctc_align":
-        table = {n: partial(partial, f, inputs) for n, f in align_table(backend).items()}
+        table = {
+            name: partial(align_contender, align, inputs)
+            for name, align in align_table(backend).items()
+        }
     else:
-        losses = loss_table(shape, backend, device)
-        table = {n: lambda make=make: step_of(make(), inputs) for n, make in losses.items()}
-    if shape.op == "ctc_loss" and peers.status()["optax"]["version"] and device == "cpu":
-        table["optax"] = lambda: peers.optax_ctc(inputs, "mean")
-    table["copy"] = lambda: copy_step(inputs, COPIES[shape.op])
+        table = {
+            name: partial(loss_contender, make, inputs)
+            for name, make in loss_table(shape, backend, device).items()
+        }
+    if shape.op == "ctc_loss":
+        table["optax"] = partial(optax_contender, inputs)
+    table["copy"] = partial(copy_contender, inputs, COPIES[shape.op])
     skipped = () if compile else ("compile", "optax")
-    return {n: make() for n, make in table.items() if n not in skipped and only in (None, n)}
+    return {
+        name: make()
+        for name, make in table.items()
+        if name not in skipped
+        and (not only or name in only)
+        and (name not in peers.PEERS or peers.runs(name, device))
+    }

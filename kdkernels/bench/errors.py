@@ -2,8 +2,7 @@
 
 import torch
 
-from . import peers
-from .contenders import EAGER, align_table, loss_table, make_inputs
+from .contenders import EAGER, Contender, Inputs, align_table, evaluate
 from .shapes import Shape
 
 # A contender is said to differ when its loss is off by more than this, relatively, or its gradient
@@ -11,47 +10,26 @@ from .shapes import Shape
 DIFFERS = {"loss_relative": 1e-4, "grad_absolute": 2e-3}
 
 
-def evaluate(loss_of, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and its gradient, in float64.
+def errors(shape: Shape, inputs: Inputs, rivals: dict[str, Contender]) -> dict[str, dict]:
+    """Name -> relative error of the summed loss, greatest absolute one of the gradient.
 
-    Summed, so that the gradient of a frame has its natural size, up to 1.
+    Of an alignment the loss is the summed log-probability of the best paths, without a gradient.
     """
-    inputs.student.grad = None
-    loss = loss_of(inputs, inputs.student, reduction="sum")
-    loss.backward()
-    return loss.detach().double(), inputs.student.grad.double()
-
-
-def error_row(shape: Shape, names, backend=None) -> dict[str, dict]:
-    """Name -> relative error of the summed loss, greatest absolute one of the gradient."""
-    inputs = make_inputs(shape)
+    wide = inputs.to(torch.float64)
     if shape.op == "ctc_align":
-        return align_errors(inputs, names, backend)
-    true_loss, true_grad = evaluate(EAGER[shape.op], inputs.to(torch.float64))
-    table = loss_table(shape, backend)
-    errors = {}
-    for name in names:
-        if name == "optax":
-            loss, grad = peers.optax_result(inputs, "sum")
-        else:
-            loss, grad = evaluate(table[name](), inputs)
-        errors[name] = judged(
-            loss_relative=((loss - true_loss) / true_loss).abs().item(),
-            grad_absolute=(grad - true_grad).abs().max().item(),
-        )
-    return errors
-
-
-def align_errors(inputs, names, backend) -> dict[str, dict]:
-    """Name -> relative error of the best path's summed log-probability; there is no gradient."""
-    table = align_table(backend)
-    true = table["reference"](inputs.to(torch.float64))[1].sum()
-    return {
-        name: judged(
-            loss_relative=((table[name](inputs)[1].double().sum() - true) / true).abs().item()
-        )
-        for name in names
-    }
+        true_loss, true_grad = align_table()["reference"](wide)[1].sum(), None
+    else:
+        true_loss, true_grad = evaluate(EAGER[shape.op], wide)
+    results = {}
+    for name, rival in rivals.items():
+        if rival.result is None:  # a copy
+            continue
+        loss, grad = rival.result()
+        error = {"loss_relative": ((loss - true_loss) / true_loss).abs().item()}
+        if grad is not None:
+            error["grad_absolute"] = (grad - true_grad).abs().max().item()
+        results[name] = judged(**error)
+    return results
 
 
 def judged(**errors: float) -> dict:

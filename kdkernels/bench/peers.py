@@ -6,77 +6,89 @@ A peer gets its inputs in its own layout and arrays, made outside the time that 
 import functools
 import importlib
 import importlib.metadata
+import os
+import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# Name -> package, the modules that must be importable, and what is compared.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+class Peer(NamedTuple):
+    package: str
+    module: str  # which must be importable
+    device: str  # where it runs
+    compared: str
+    alone: str = ""  # what is known of it beside a CPU build of torch 2.13, for who lacks it
+
+
 PEERS = {
-    "optax": ("optax", ("optax", "jax"), "ctc_loss under jit, value and gradient"),
-    "liger": (
-        "liger-kernel",
-        ("liger_kernel.transformers.functional",),
-        "KL and JSD on log-probabilities, with the log_softmax they need",
+    "trl": Peer(
+        "trl", "trl.experimental.gkd.gkd_trainer", "any",
+        "GKDTrainer.generalized_jsd_loss, on raw logits",
     ),
-    "torchaudio": ("torchaudio", ("torchaudio",), "forced_align, one utterance after another"),
+    "optax": Peer("optax", "optax", "cpu", "ctc_loss under jit, value and gradient"),
+    "liger": Peer(
+        "liger-kernel", "liger_kernel.transformers.functional", "cuda",
+        "KL and JSD on log-probabilities, with the log_softmax they need",
+        "0.8.5 imports, but its Triton kernels raise without a GPU",
+    ),
+    "torchaudio": Peer(
+        "torchaudio", "torchaudio", "any", "forced_align, one utterance after another",
+        "the wheel on PyPI, 2.11.0, is linked with libtorch_cuda and raises OSError when imported",
+    ),
+}  # fmt: skip
+
+# Peers that have no row, whatever is installed.
+NOT_COMPARED = {
+    "fla": "its fused KL starts from hidden states and takes no temperature, another problem; "
+    "0.6.0 imports, but its Triton kernels raise without a GPU",
+    "k2": "the last wheel on PyPI, 1.23.4, is for Python 3.9 and torch 1.13 with CUDA",
 }
 
-# Peers that have no row in this table, whatever is installed.
-NOT_COMPARED = {
-    "fla": "its fused KL starts from hidden states and takes no temperature: another problem",
-    "k2": "no wheel on PyPI for this Python",
-}
+
+def status() -> dict[str, dict[str, str | None]]:
+    """Name of a peer -> its version, or None and the reason why there is no row of it."""
+    none = {n: {"version": None, "why_not": why} for n, why in NOT_COMPARED.items()}
+    return {name: peer_status(name) for name in PEERS} | none
 
 
 @functools.cache
-def status() -> dict[str, dict[str, str | None]]:
-    """Name of a peer -> its version, or None and the reason why there is no row of it."""
-    result = {"trl": {"version": "1.16.0", "why_not": None}}  # written down below
-    for name, (package, modules, _) in PEERS.items():
-        try:
-            version = importlib.metadata.version(package)
-            for module in modules:
-                importlib.import_module(module)
-        except importlib.metadata.PackageNotFoundError:
-            result[name] = {"version": None, "why_not": "not installed"}
-        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: an ABI check
-            why = f"{type(error).__name__} when it is imported"
-            result[name] = {"version": None, "why_not": why}
-        else:
-            result[name] = {"version": version, "why_not": None}
-    if result["liger"]["version"] and not torch.cuda.is_available():
-        result["liger"]["why_not"] = "imports, but its Triton kernels need a GPU"
-    result |= {n: {"version": None, "why_not": why} for n, why in NOT_COMPARED.items()}
-    return result
+def peer_status(name: str) -> dict[str, str | None]:
+    peer = PEERS[name]
+    try:
+        version = importlib.metadata.version(peer.package)
+        with warnings.catch_warnings():  # of the other library's own affairs
+            warnings.simplefilter("ignore")
+            importlib.import_module(peer.module)
+    except importlib.metadata.PackageNotFoundError:
+        why = "; ".join(filter(None, ("not installed", peer.alone)))
+        return {"version": None, "why_not": why}
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: an ABI check
+        return {"version": None, "why_not": f"{type(error).__name__} when it is imported"}
+    if peer.device == "cuda" and not torch.cuda.is_available():
+        return {"version": version, "why_not": "no row; its kernels need a GPU"}
+    return {"version": version, "why_not": None}
+
+
+def runs(name: str, device: str) -> bool:
+    return PEERS[name].device in ("any", device) and peer_status(name)["why_not"] is None
 
 
 # ---- kd_loss: (inputs, student logits, reduction) -> loss
 
 
 def trl_divergence(i, x, reduction="batchmean", *, temperature, beta):
-    """The torch lines of TRL's distillation loss, times temperature squared as here.
+    """TRL's distillation loss, which has no temperature squared."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    Source: trl 1.16.0, GKDTrainer.generalized_jsd_loss (trl/experimental/gkd/gkd_trainer.py);
-    written down because the package asks for transformers, datasets and accelerate.
-    """
-    log_q = F.log_softmax(x / temperature, dim=-1)
-    log_p = F.log_softmax(i.teacher / temperature, dim=-1)
-    if i.divergence == "forward_kl":  # TRL's beta = 0
-        loss = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    else:
-        weight = torch.tensor(beta, dtype=x.dtype, device=x.device)
-        log_m = torch.logsumexp(
-            torch.stack([log_q + torch.log1p(-weight), log_p + torch.log(weight)]), dim=0
-        )
-        of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True)
-        of_student = F.kl_div(log_m, log_q, reduction="none", log_target=True)
-        loss = weight * of_teacher + (1 - weight) * of_student
-    divisor = len(x) if reduction == "batchmean" else 1
-    return loss.sum() / divisor * temperature**2
-
-
-def liger_runs(device: str) -> bool:
-    return device == "cuda" and status()["liger"]["why_not"] is None
+    beta = 0 if i.divergence == "forward_kl" else beta
+    loss = GKDTrainer.generalized_jsd_loss(
+        x, i.teacher, beta=beta, temperature=temperature, reduction=reduction
+    )
+    return loss * temperature**2
 
 
 def liger_divergence(i, x, reduction="batchmean", *, temperature, beta):
@@ -95,8 +107,8 @@ def liger_divergence(i, x, reduction="batchmean", *, temperature, beta):
 # ---- ctc_loss
 
 
-def optax_ctc(inputs, reduction: str):
-    """optax.ctc_loss under jit, value and gradient: () -> (loss, gradient [N, T, C]).
+def optax_ctc(inputs):
+    """optax.ctc_loss under jit, summed: () -> (loss, gradient [N, T, C]), and the bytes it needs.
 
     XLA has threads of its own, as many as there are cores, whatever torch's number is.
     """
@@ -111,20 +123,21 @@ def optax_ctc(inputs, reduction: str):
     label_padding = (jnp.arange(labels.shape[1]) >= lengths[:, None]).astype(jnp.float32)
 
     def loss(x):
-        losses = optax.ctc_loss(x, frame_padding, labels, label_padding)
-        if reduction == "mean":
-            return (losses / jnp.maximum(lengths, 1)).mean()
-        return losses.sum()
+        return optax.ctc_loss(x, frame_padding, labels, label_padding).sum()
 
-    compiled = jax.jit(jax.value_and_grad(loss))
-    return lambda: jax.block_until_ready(compiled(logits))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(logits).compile()
+    need = compiled.memory_analysis()
+    return (
+        lambda: jax.block_until_ready(compiled(logits)),
+        need.temp_size_in_bytes + need.output_size_in_bytes,
+    )
 
 
-def optax_result(inputs, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient [T, N, C] of optax, in float64."""
+def optax_result(result) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient [T, N, C], in float64."""
     import numpy as np
 
-    loss, grad = (torch.from_numpy(np.array(x)).double() for x in optax_ctc(inputs, reduction)())
+    loss, grad = (torch.from_numpy(np.array(x)).double() for x in result)
     return loss, grad.transpose(0, 1)
 
 

@@ -1,5 +1,7 @@
 """How time grows with each size, and what share of a training step the loss takes."""
 
+from functools import partial
+
 import torch
 
 from .contenders import EAGER, OURS, contenders, make_inputs
@@ -15,6 +17,7 @@ SWEEPS = [
     ("N", (16, 64, 256, 1024, 4096, 16384), Shape("kd_loss", 1, 0, 1000)),
     ("C", (32, 256, 2048, 16384, 131072), Shape("kd_loss", 1, 64, 0)),
 ]
+ROUNDS = 7
 
 
 def scaling(args) -> list[dict]:
@@ -24,9 +27,8 @@ def scaling(args) -> list[dict]:
         points = []
         for value in values[:2] if args.tiny else values:
             shape = base._replace(**{axis: value})
-            steps = contenders(shape, make_inputs(shape), args.backend, compile=False)
-            steps = {n: steps[n] for n in ("ours", "eager")}
-            times = medians(steps, args.rounds, args.seconds / 6)
+            two = contenders(shape, make_inputs(shape), args.backend, only=("ours", "eager"))
+            times = medians({n: c.step for n, c in two.items()}, ROUNDS)
             points.append({"x": value, "logit_bytes": 4 * shape.numel} | times)
         name = "rows" if (base.op, axis) == ("kd_loss", "N") else axis
         others = {f: getattr(base, f) for f in "TNCS" if f != axis and getattr(base, f)}
@@ -37,8 +39,8 @@ def scaling(args) -> list[dict]:
 
 
 def training_step(args) -> list[dict]:
-    """Seconds of a student's training step with the fused loss, with torch's, and with next to
-    none; the student is that of the training program."""
+    """Seconds of a student's training step with the fused loss, with torch's, and without one (its
+    gradient is there already); the student is that of the training program."""
     try:
         from kdkernels.asr.features import MELS
         from kdkernels.asr.model import STACK, Encoder
@@ -46,13 +48,11 @@ def training_step(args) -> list[dict]:
         print(f"training step: not measured without {error.name}; install kdkernels[train]")
         return []
 
-    def idle(i, x):
-        return (x * i.teacher).mean()
-
-    def ours(i, x):
-        return OURS["ctc_kd_loss"](i, x, backend=args.backend)
-
-    losses = {"ours": ours, "eager": EAGER["ctc_kd_loss"], "idle": idle}
+    backwards = {
+        "ours": lambda i, x: OURS["ctc_kd_loss"](i, x, backend=args.backend).backward(),
+        "eager": lambda i, x: EAGER["ctc_kd_loss"](i, x).backward(),
+        "idle": lambda i, x: x.backward(i.student.detach()),
+    }
     results = []
     for C in (32,) if args.tiny else (32, 1000, 5000):
         T, N, S = (20, 2, 4) if args.tiny else (200, 8, 40)
@@ -62,14 +62,14 @@ def training_step(args) -> list[dict]:
         features, lengths = torch.randn(N, T * STACK, MELS), torch.full((N,), T * STACK)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-        def step(loss, inputs=inputs, model=model, optimizer=optimizer, x=(features, lengths)):
+        def step(backward, inputs=inputs, model=model, optimizer=optimizer, x=(features, lengths)):
             optimizer.zero_grad(set_to_none=True)
             logits, _ = model(*x)
-            loss(inputs, logits.transpose(0, 1)).backward()
+            backward(inputs, logits.transpose(0, 1))
             optimizer.step()
 
-        steps = {name: lambda loss=loss, step=step: step(loss) for name, loss in losses.items()}
-        times = medians(steps, args.rounds, args.seconds)
+        steps = {name: partial(step, backward) for name, backward in backwards.items()}
+        times = medians(steps, args.rounds)
         results.append(
             {
                 "shape": f"({T}, {N}, {C}, {S})",

@@ -47,7 +47,7 @@ SHAPES = [
     _kd(4096, 5000, "large subword vocabulary", eager=15, compile=4, copy=2),
     _kd(1024, 32000, "language model", eager=20, compile=4, copy=2),
     _kd(512, 51865, "Whisper"),
-    _kd(128, 151936, "language model, large vocabulary"),
+    _kd(128, 128256, "language model, large vocabulary"),
     _kd(4096, 5000, "large subword vocabulary, Jensen-Shannon", "jsd"),
     _kd(64, 32, "smallest call"),
     _ctc("ctc_loss", 500, 32, 32, 100, "characters", eager=20),

@@ -11,58 +11,77 @@ from time import perf_counter
 import torch
 
 MIN_ROUNDS = 5
+TURN = 0.02  # seconds that a turn takes at the least
 
 
 def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = False):
-    """Name -> seconds per step, one entry a round.
+    """Name -> {round: seconds per step}.
 
-    A round calls each step for at least 20 ms. After `seconds` no further round begins, once there
-    are MIN_ROUNDS. With `cold` the caches are emptied before every step.
+    A round calls each step for at least TURN. With `seconds` every contender has an equal part of
+    them: one that has used more sits rounds out, evenly, but never so that it runs in fewer than
+    MIN_ROUNDS; the first, which the others are compared with, runs in all. With `cold` the caches
+    are emptied before every step.
     """
     flush = torch.empty(64 * 2**20, dtype=torch.uint8) if cold else None
-    calls = {}
-    for name, step in steps.items():
-        step()  # compiles, starts threads
-        step()
-        start = perf_counter()
-        step()
-        calls[name] = 1 if cold else max(1, round(0.02 / (perf_counter() - start)))
-    times = {name: [] for name in steps}
-    order = list(steps)
+    calls = {name: calls_a_turn(step) for name, step in steps.items()}
+    if cold:
+        calls = dict.fromkeys(steps, 1)
+    times = {name: {} for name in steps}
+    spent = dict.fromkeys(steps, 0.0)
+    first, order = next(iter(steps)), list(steps)
+
+    def takes_part(name: str, done: int) -> bool:
+        if seconds is None or name == first:
+            return True
+        due = len(times[name]) < MIN_ROUNDS * (done + 1) / rounds
+        return due or spent[name] <= seconds / len(steps) * done / rounds
+
     gc.collect()
     gc.disable()
-    began = perf_counter()
     try:
         for done in range(rounds):
-            if seconds is not None and done >= MIN_ROUNDS and perf_counter() - began > seconds:
-                break
             for name in order:
+                if not takes_part(name, done):
+                    continue
                 if flush is not None:
                     flush.fill_(1)
                 step, n = steps[name], calls[name]
                 start = perf_counter()
                 for _ in range(n):
                     step()
-                times[name].append((perf_counter() - start) / n)
+                elapsed = perf_counter() - start
+                spent[name] += elapsed
+                times[name][done] = elapsed / n
             order.append(order.pop(0))  # nobody always runs after the same neighbour
     finally:
         gc.enable()
     return times
 
 
+def calls_a_turn(step) -> int:
+    step()  # compiles, starts threads
+    for _ in range(2):
+        start = perf_counter()
+        step()
+        if (took := perf_counter() - start) > TURN:
+            return 1
+    return max(1, round(TURN / took))
+
+
 def medians(steps, rounds: int, seconds: float | None = None) -> dict[str, float]:
-    return {name: median(t) for name, t in interleave(steps, rounds, seconds).items()}
+    return {n: median(t.values()) for n, t in interleave(steps, rounds, seconds).items()}
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    low, mid, high = quantiles(times)
-    return {"median": mid, "p25": low, "p75": high}
+def spread(times: dict[int, float]) -> dict[str, float]:
+    low, mid, high = quantiles(times.values())
+    return {"median": mid, "p25": low, "p75": high, "rounds": len(times)}
 
 
 def ratio(times, above: str, below: str) -> dict[str, float]:
-    """Ratio of medians, and quartiles of the ratio within a round."""
-    low, _, high = quantiles([a / b for a, b in zip(times[above], times[below], strict=True)])
-    return {"value": median(times[above]) / median(times[below]), "p25": low, "p75": high}
+    """Ratio of medians, and quartiles of the ratio within the rounds that both ran in."""
+    a, b = times[above], times[below]
+    low, _, high = quantiles([a[i] / b[i] for i in a if i in b])
+    return {"value": median(a.values()) / median(b.values()), "p25": low, "p75": high}
 
 
 def copy_bandwidth() -> float:

@@ -49,7 +49,7 @@ struct Viterbi {
     blank[0][0] = 0;
     for (int64_t t = 0; t < T; t++) {
       const Float* const x = row(t, logits);
-      SoftmaxRow<Float> s{x, nullptr, false, 0, 0};
+      SoftmaxRow<Float> s{x, nullptr, nullptr, nullptr, false, 0, 0};
       softmax_rows(&s, 1, C, 0);
       if (!s.valid) return std::numeric_limits<double>::quiet_NaN();
       const double log_sum = double(s.max) + std::log1p(s.rest);

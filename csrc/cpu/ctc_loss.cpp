@@ -158,7 +158,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     double utterances = 0, frames = 0;
     for (int64_t n = 0; n < N; n++) {
       utterances += p.is_labelled(n);
-      for (int64_t t = 0; teacher && t < input_lengths[n]; t++) frames += p.weight(t, n);
+      if (!p.frame_weight) frames += double(input_lengths[n]);
+      for (int64_t t = 0; p.frame_weight && t < input_lengths[n]; t++) frames += p.weight(t, n);
     }
     const double ctc_divisor = mean ? std::max(utterances, 1.0) : 1.0;
     const double kd_divisor = mean && frames != 0 ? frames : 1.0;

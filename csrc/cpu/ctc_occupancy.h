@@ -20,9 +20,10 @@ class Occupancies {
   static constexpr int W = kLanes<Float>;
   using V = Vec<Float>;
 
-  // For up to S positions and `symbols` symbols.
-  Occupancies(Arena& arena, int64_t S, int64_t symbols)
-      : stride_((S + W) / W * W + 2 * W), symbols_stride_((symbols + W - 1) / W * W) {
+  // For up to S positions and `symbols` symbols. Position k is at element `first` + k of a frame's
+  // row, first <= 1.
+  Occupancies(Arena& arena, int64_t S, int64_t symbols, int64_t first)
+      : first_(first), stride_((S + W) / W * W + W), symbols_stride_((symbols + W - 1) / W * W) {
     by_frame_ = arena.take<Float>(W * std::max(stride_, symbols_stride_));
     by_position_ = arena.take<Float>(stride_ * W);
     order_ = arena.take<int32_t>(S + 1);
@@ -40,14 +41,14 @@ class Occupancies {
     for (int64_t k = 0; k <= S; k++) end_[symbol[k]]++;
   }
 
-  // The row for one more frame, zeroed: position k at element k, a vector of margin before it.
+  // The row for one more frame, zeroed.
   // Where blank cannot occur what the positions leave is their rounding.
   Float* add(int64_t frame, bool blank_occurs) {
     Float* const row = by_frame_ + count_ * stride_;
     std::fill(row, row + stride_, Float(0));
     blank_share_[count_] = blank_occurs ? 1 : 0;
     frame_[count_++] = frame;
-    return row + W;
+    return row;
   }
   // There is no room for another frame: it is time to flush.
   bool full() const { return count_ == W; }
@@ -83,9 +84,9 @@ class Occupancies {
   }
 
  private:
-  const Float* at(int i, int64_t k) const { return by_frame_ + i * stride_ + W + k; }
+  const Float* at(int i, int64_t k) const { return by_frame_ + i * stride_ + first_ + k; }
 
-  int64_t stride_, symbols_stride_;
+  int64_t first_, stride_, symbols_stride_;
   Float* by_frame_;     // [W][stride], positions of each frame; then its [symbols]
   Float* by_position_;  // [S + 1][W], the last one blank
   int32_t *order_, *end_;

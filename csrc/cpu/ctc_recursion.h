@@ -49,14 +49,12 @@ KDKERNELS_INLINE Number<Float> zero_number() {
 template <class Float>
 KDKERNELS_INLINE Number<Float> add(Number<Float> a, Number<Float> b) {
   const Vec<Float> e = max(a.e, b.e);
-  return {plus<Float>(scale_by_power<Float>(a.m, minus<Float>(a.e, e)),
-                      scale_by_power<Float>(b.m, minus<Float>(b.e, e))),
-          e};
+  return {scale_by_power<Float>(a.m, a.e - e) + scale_by_power<Float>(b.m, b.e - e), e};
 }
 
 template <class Float>
 KDKERNELS_INLINE Number<Float> multiply(Number<Float> a, Number<Float> b) {
-  return {a.m * b.m, plus<Float>(a.e, b.e)};
+  return {a.m * b.m, a.e + b.e};
 }
 
 // With the mantissa in [1, 2).
@@ -71,13 +69,15 @@ template <class Float>
 struct Lattice {
   using Int = typename Simd<Float>::Int;
   int64_t T, S;
-  int64_t width;         // pairs (S + 1) in whole vectors, in elements
-  const Float* blank_m;  // [T], probability of blank, in (m, e)
+  int64_t width;  // pairs (S + 1) in whole vectors, in elements
+  // Probabilities in (m, e), times what a frame's softmax divides by: every path has all frames'
+  // divisors as a factor, the likelihood has them too.
+  const Float* blank_m;  // [T]
   const Float* blank_e;  // [T]
-  // Probabilities of the labels, in (m, e). Of a small alphabet, where registers can be looked up
-  // in, those of its classes, [T][2 W], and the class of each label in `class_of`; else those of
-  // each label, [T][width + W]. Label k is at element W + k of the latter two; where there is no
-  // label is a symbol of probability 0, which in the table takes the place of blank.
+  // Of a small alphabet, where registers can be looked up in, those of its classes, [T][2 W], and
+  // the class of each label in `class_of`; else those of each label, [T][width + W]. Label k is at
+  // element W + k of the latter two; where there is no label is a symbol of probability 0, which in
+  // the table takes the place of blank.
   const Float* label_m;
   const Float* label_e;
   const Int* class_of;  // [width + W], or null

@@ -15,19 +15,46 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
+// exp(x - max) of each logit as (m, e): 2^n exp(r), with the rounding of x - max carried along, and
+// n goes to e whole.
+template <class Float>
+KDKERNELS_INLINE Number<Float> exponential(Vec<Float> x, Vec<Float> max_x) {
+  using V = Vec<Float>;
+  const Float lowest = Float(kZeroSymbol<Float> * kLn2);
+  const V difference = x - max_x, minus_max = difference - x;
+  const V lost = (x - (difference - minus_max)) - (max_x + minus_max);
+  const V d = max(broadcast(lowest), difference);
+  V n, r;
+#if defined(__FMA__)
+  n = nearest<Float>(d * Float(kLog2e));
+  r = less_product<Float>(less_product<Float>(d, n, Float(kLn2)), n, kLn2Rest<Float>);
+#else  // in two steps, since there are more n than kRound has room for, each product exact
+  using S = Simd<Float>;
+  const V quotient = d * Float(kLog2e);
+  const V coarse = ((quotient * Float(1.0 / 4096) + S::kRound) - S::kRound) * Float(4096);
+  const V fine = ((quotient - coarse) + S::kRound) - S::kRound;
+  n = coarse + fine;
+  r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
+#endif
+  r = d <= lowest ? V{} : r + lost;
+  return {small_exp<Float>(r), n};
+}
+
 // One frame; what softmax_rows fills in is marked (out).
 template <class Float>
 struct SoftmaxRow {
   const Float* logits;  // [C]
   Float* exponentials;  // [C] (out) exp(x - max), or null
-  bool valid;           // (out) no NaN, no +inf, at least one class left
-  Float max;            // (out)
-  double rest;          // (out) sum of exp(x - max), less 1: kept apart, small in a certain row
+  // (out) the same in (m, e), or null. [C] in whole vectors, the rest of which get 0 by its e.
+  Float *m, *e;
+  bool valid;   // (out) no NaN, no +inf, at least one class left
+  Float max;    // (out)
+  double rest;  // (out) sum of exp(x - max), less 1: kept apart, small in a certain row
 };
 
 // n <= lanes rows of logits. `ahead`: elements from a row to the one that takes its place in the
 // next call, to be fetched meanwhile.
-template <class Float, int kVectors>
+template <class Float, int kVectors, bool kNumbers>
 void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   using V = Vec<Float>;
   constexpr int W = kLanes<Float>;
@@ -53,12 +80,21 @@ void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
       const SoftmaxRow<Float>& row = rows[r];
       V sum{};
       for_row<Float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
-        const V x = load_n(row.logits + begin + i, lanes, -kInf) - row.max;
+        const V x = load_n(row.logits + begin + i, lanes, -kInf), d = x - row.max;
         __builtin_prefetch(row.logits + begin + i + ahead, 0, 2);
-        const V e = exp<Float>(x);
-        sum = x == 0 ? sum : sum + e;
-        ones[r] += count_lanes(x == 0);
-        if (row.exponentials) store_n(row.exponentials + begin + i, e, lanes);
+        V y;
+        if constexpr (kNumbers) {
+          const Number<Float> number = exponential<Float>(x, broadcast(row.max));
+          store(row.m + begin + i, number.m);
+          store(row.e + begin + i, number.e);
+          y = number.e < Float(1 - Simd<Float>::kBias) ? V{}
+                                                       : scale_by_power<Float>(number.m, number.e);
+        } else {
+          y = exp<Float>(d);
+        }
+        sum = d == 0 ? sum : sum + y;
+        ones[r] += count_lanes(d == 0);
+        if (row.exponentials) store_n(row.exponentials + begin + i, y, lanes);
       });
       rest[r] = sum;
     }
@@ -70,47 +106,16 @@ void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
   }
 }
 
+// All rows with numbers, or none.
 template <class Float>
 void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
-  with_row_vectors<Float>(
-      C, [&](auto vectors) { softmax_rows_of<Float, vectors()>(rows, n, C, ahead); });
-}
-
-// exp(max) times the sum of the exponentials, so that a logit becomes a probability in (m, e).
-template <class Float>
-struct SoftmaxScale {
-  Float max, inverse_m, e;  // sum = m * 2^e with m in [1, 2)
-
-  explicit SoftmaxScale(Float max, double sum) : max(max) {
-    const int64_t bits = bit_cast<int64_t>(sum), exponent = (bits >> 52) - 1023;
-    e = Float(exponent);
-    inverse_m = Float(1 / bit_cast<double>(bits - (exponent << 52)));
-  }
-};
-
-// The probability of each logit, in (m, e): exp(x - max) is 2^n exp(r), with the rounding of x -
-// max carried along, and n goes to e whole.
-template <class Float>
-KDKERNELS_INLINE Number<Float> to_probability(Vec<Float> x, const SoftmaxScale<Float>& scale) {
-  using V = Vec<Float>;
-  const Float lowest = Float(kZeroSymbol<Float> * kLn2);
-  const V difference = x - scale.max, minus_max = difference - x;
-  const V lost = (x - (difference - minus_max)) - (scale.max + minus_max);
-  const V d = max(broadcast(lowest), difference);
-  V n, r;
-#if defined(__FMA__)
-  n = nearest<Float>(d * Float(kLog2e));
-  r = less_product<Float>(less_product<Float>(d, n, Float(kLn2)), n, kLn2Rest<Float>);
-#else  // in two steps, since there are more n than kRound has room for, each product exact
-  using S = Simd<Float>;
-  const V quotient = d * Float(kLog2e);
-  const V coarse = ((quotient * Float(1.0 / 4096) + S::kRound) - S::kRound) * Float(4096);
-  const V fine = ((quotient - coarse) + S::kRound) - S::kRound;
-  n = coarse + fine;
-  r = ((d - coarse * S::kLn2Hi) - fine * S::kLn2Hi) - n * S::kLn2Lo;
-#endif
-  r = d > lowest ? r + lost : V{};
-  return {small_exp<Float>(r) * scale.inverse_m, n - scale.e};
+  with_row_vectors<Float>(C, [&](auto vectors) {
+    if (rows[0].m) {
+      softmax_rows_of<Float, vectors(), true>(rows, n, C, ahead);
+    } else {
+      softmax_rows_of<Float, vectors(), false>(rows, n, C, ahead);
+    }
+  });
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -37,7 +37,7 @@ class Utterance {
 
   // With the memory for any utterance of up to T frames and S labels.
   Utterance(Arena& arena, int64_t T, int64_t C, int64_t S)
-      : occupancies_{{arena, S, most_symbols(C, S)}, {arena, S, most_symbols(C, S)}} {
+      : occupancies_{{arena, S, most_symbols(C, S), 0}, {arena, S, most_symbols(C, S), 1}} {
     const int64_t width = (S + W) / W * W;
     max_ = arena.take<double>(T);
     rest_ = arena.take<double>(T);
@@ -115,25 +115,24 @@ class Utterance {
       loss_ = kNotANumber;
       return;
     }
-    const int64_t row = lattice_.row(), first = lattice_.class_of ? 0 : W;
+    const int64_t row = lattice_.row(), none = lattice_.class_of ? problem_->blank : W - 1;
     for (int64_t t = 0; t < T_; t++) {
-      const SoftmaxScale<Float> scale(Float(max_[t]), 1 + rest_[t]);
       Float* const m = label_m_ + t * row;
       Float* const e = label_e_ + t * row;
-      for (int64_t k = first; k < row; k += W) {
-        const Number<Float> p = to_probability(load<Vec<Float>>(m + k), scale);
-        store(m + k, p.m);
-        store(e + k, p.e);
-      }
-      if (lattice_.class_of) {
+      if (lattice_.class_of) {  // made with the softmax
         blank_m_[t] = m[problem_->blank];
         blank_e_[t] = e[problem_->blank];
       } else {
-        const Number<Float> blank = to_probability(broadcast(blank_m_[t]), scale);
+        const Vec<Float> largest = broadcast(Float(max_[t]));
+        for (int64_t k = W; k < row; k += W) {
+          const Number<Float> p = exponential<Float>(load<Vec<Float>>(m + k), largest);
+          store(m + k, p.m);
+          store(e + k, p.e);
+        }
+        const Number<Float> blank = exponential<Float>(broadcast(blank_m_[t]), largest);
         blank_m_[t] = blank.m[0];
         blank_e_[t] = blank.e[0];
       }
-      const int64_t none = lattice_.class_of ? problem_->blank : W - 1;
       m[none] = 1;
       e[none] = kZeroSymbol<Float>;
     }
@@ -165,7 +164,7 @@ class Utterance {
       runs_ = false;
       return;
     }
-    loss_ = -(double(e) + std::log2(m)) * kLn2;
+    loss_ = (log2_divisors() - (double(e) + std::log2(m))) * kLn2;
     alpha_.leave(middle(), Float(1 / m), e);
     beta_.leave(T_ - middle(), Float(1 / m), e);
   }
@@ -203,6 +202,20 @@ class Utterance {
 
  private:
   int64_t middle() const { return T_ / 2; }
+
+  // What the softmax of all frames divides by, as a logarithm to the base 2.
+  double log2_divisors() const {
+    constexpr int64_t block = 32 * kLanes<double>;  // products stay below 2^(31 * 32)
+    double sum = 0;
+    for (int64_t t = 0; t < T_; t += block) {
+      VecF64 product = broadcast(1.0);
+      for_each_vector<double>(std::min(block, T_ - t), [&](int64_t i, int lanes) {
+        product *= load_n(rest_ + t + i, lanes, 0.0) + 1.0;
+      });
+      sum += reduce_add(log2_of(product));
+    }
+    return sum;
+  }
 
   // Symbols have numbers: in an alphabet that is small, or mostly in use, those of its classes, so
   // that occupancies line up with a row of the gradient; else the order in which they appear, blank
@@ -244,6 +257,10 @@ class Utterance {
       const int64_t t = begin + i;
       rows[i].logits = load_row(p.logits.row(t, n_), p.logits.dtype, p.C, scratch.logits + i * p.C);
       rows[i].exponentials = softmax ? scratch.dense + i * p.C : nullptr;
+      if (lattice_.class_of) {
+        rows[i].m = label_m_ + t * lattice_.row();
+        rows[i].e = label_e_ + t * lattice_.row();
+      }
       rows[i].valid = true;  // of an utterance without a transcript nobody asks
     }
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
@@ -252,23 +269,18 @@ class Utterance {
       if (labelled_) {
         max_[t] = double(rows[i].max);
         rest_[t] = rows[i].valid ? rows[i].rest : kNotANumber;
-        blank_m_[t] = rows[i].logits[p.blank];
-        label_logits(rows[i].logits, label_m_ + t * lattice_.row());
+        if (!lattice_.class_of) label_logits(t, rows[i].logits);
       }
       if (p.grad.data) gradient_row(t, rows[i], scratch, i);
     }
   }
 
-  // The logits that become the probabilities of Lattice::label_m, and -inf where there is no label.
-  void label_logits(const Float* logits, Float* row) const {
-    const int64_t C = problem_->C, size = lattice_.row();
-    if (lattice_.class_of) {
-      std::copy(logits, logits + C, row);
-      std::fill(row + C, row + size, Float(-kInfinity));
-    } else {
-      gather(logits, row + W);
-      std::fill(row + W + S_, row + size, Float(-kInfinity));
-    }
+  // The logits that become probabilities, and -inf where there is no label.
+  void label_logits(int64_t t, const Float* logits) const {
+    Float* const row = label_m_ + t * lattice_.row();
+    blank_m_[t] = logits[problem_->blank];
+    gather(logits, row + W);
+    std::fill(row + W + S_, row + lattice_.row(), Float(-kInfinity));
   }
 
   // labels[k] = logits[label_[k]]; from a table in registers where the alphabet fits one.
@@ -377,13 +389,12 @@ class Utterance {
     // The label of alpha's pair k is that of beta's pair k + 1.
     constexpr int64_t shift = kForward ? 1 : -1;
     const int64_t t = chain.frame(i);
-    Float* const occupancy =
-        occupancies.add(t, blank_e_[t] >= kZeroLikelihood<Float>) - (kForward ? 0 : 1);
+    Float* const occupancy = occupancies.add(t, blank_e_[t] >= kZeroLikelihood<Float>);
     const Row<Float> row = other.stored(T_ - 1 - i);
     fetch_gradient(t);
     chain.second(i, [&](int64_t j, Number<Float>, Number<Float> label) {
       const Number<Float> x = multiply(label, row.get(j, shift));
-      store(occupancy + j * W, scale_by_power<Float>(x.m, x.e));  // beta's pair k has label k - 1
+      store(occupancy + j * W, scale_by_power<Float>(x.m, x.e));
     });
     if (occupancies.full()) subtract(occupancies);
   }
@@ -425,7 +436,7 @@ class Utterance {
   Lattice<Float> lattice_{};
   Chain<Float, true> alpha_;
   Chain<Float, false> beta_;
-  Occupancies<Float> occupancies_[2];  // of alpha and of beta
+  Occupancies<Float> occupancies_[2];  // of alpha and of beta, whose pair k has label k - 1
 
   double *max_, *rest_, *kd_;                        // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *blank_e_, *label_m_, *label_e_;  // see Lattice

@@ -25,27 +25,6 @@ KDKERNELS_INLINE Vec<Float> scale_by_power(Vec<Float> m, Vec<Float> e) {
 #endif
 }
 
-// a + b and a - b, rounded the same, by the multipliers: where each instruction is for adders or
-// for multipliers, sums and powers of two would keep the adders alone busy.
-template <class Float>
-KDKERNELS_INLINE Vec<Float> plus(Vec<Float> a, Vec<Float> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Float) == 4) {
-    return (Vec<Float>)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
-  }
-#endif
-  return a + b;
-}
-template <class Float>
-KDKERNELS_INLINE Vec<Float> minus(Vec<Float> a, Vec<Float> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Float) == 4) {
-    return (Vec<Float>)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
-  }
-#endif
-  return a - b;
-}
-
 #if defined(__FMA__)
 // The nearest whole number.
 template <class Float>

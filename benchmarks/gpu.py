@@ -282,9 +282,13 @@ def measure(args, before, save):
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows = {r["op"] + r["shape"]: r for r in before.get("rows", [])}
     result = {"status": 0, "copy_bytes_per_second": bandwidth}
+    start = perf_counter()
     for row in ROWS:
         if args.row and args.row not in f"{row.op} {row.label}":
             continue
+        if perf_counter() - start > args.limit:
+            result["status"] = TIMED_OUT
+            break
         try:
             found = measure_row(row, timer, bandwidth, args.backend)
         except Exception:

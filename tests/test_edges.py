@@ -378,8 +378,21 @@ def test_half_precision_gives_a_float32_loss(on, dtype):
 # ---------------------------------------------------------- values that the host does not look at
 
 
-@pytest.mark.parametrize("name", ["reference", "cuda_emulated", "triton"])
-@pytest.mark.parametrize(
+def on_the_cpu(name):
+    if name not in backends.available("ctc_loss", "cpu"):
+        pytest.skip(f"{name} does not run on the CPU here")
+    return backends.load(name)
+
+
+def with_bad_value(p, what, value):
+    """Lengths and targets of a problem, one of them wrong, in utterance 1."""
+    rest = dict(zip(Problem._fields[1:], (x.clone() for x in p.rest), strict=True))
+    rest[what][(1, 2) if what == "targets" else 1] = value
+    return rest.values()
+
+
+UNCHECKED = pytest.mark.parametrize("name", ["reference", "cuda_emulated", "triton"])
+BAD_VALUES = pytest.mark.parametrize(
     ("what", "value"),
     [
         ("input_lengths", 99),
@@ -391,19 +404,40 @@ def test_half_precision_gives_a_float32_loss(on, dtype):
         ("targets", 0),
     ],
 )
+
+
+@UNCHECKED
+@BAD_VALUES
 def test_bad_value_past_the_checks_is_nan(what, value, name):
     """What a GPU must do, where values are not read on the host: here without the checks."""
-    if name not in backends.available("ctc_loss", "cpu"):
-        pytest.skip(f"{name} does not run on the CPU here")
-    backend = backends.load(name)
+    backend = on_the_cpu(name)
     p = problem(C=12, seed=26, full=True)
-    rest = dict(zip(Problem._fields[1:], (x.clone() for x in p.rest), strict=True))
-    rest[what][(1, 2) if what == "targets" else 1] = value
-    loss, grad = backend.ctc_loss_forward(p.logits, *rest.values(), 0, "none", False, True)
+    rest = with_bad_value(p, what, value)
+    loss, grad = backend.ctc_loss_forward(p.logits, *rest, 0, "none", False, True)
     expected, expected_grad = backend.ctc_loss_forward(p.logits, *p.rest, 0, "none", False, True)
     assert loss[1].isnan()
     assert torch.equal(loss[[0, 2]], expected[[0, 2]])
     assert torch.equal(grad[:, [0, 2]], expected_grad[:, [0, 2]])
-    paths, scores = backend.ctc_align(p.logits, *rest.values(), 0)
+    paths, scores = backend.ctc_align(p.logits, *rest, 0)
     assert scores[1].isnan()
     assert (paths[1] == -1).all()
+
+
+@UNCHECKED
+@BAD_VALUES
+def test_bad_value_past_the_checks_is_nan_with_a_teacher(what, value, name):
+    """The same of ctc_kd_loss: the sum is nan, and so is the utterance's own term."""
+    backend = on_the_cpu(name)
+    p = problem(T=20, C=12, seed=27, full=True)
+    teacher = p.logits.roll(1, 0)
+    tail = (None, None, 0, "none", False, 0.5, 0.5, 2.0, 2.0, "forward_kl", 0.5, True, True, True)
+    call = backend.ctc_kd_loss_forward
+    expected = call(p.logits, teacher, *p.rest, *tail)
+    found = call(p.logits, teacher, *with_bad_value(p, what, value), *tail)
+    loss, ctc, _ = found[:3]
+    assert loss[1].isnan()
+    assert ctc[1].isnan()
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    for a, b in zip(found[3:], expected[3:], strict=True):
+        assert torch.equal(a[:, [0, 2]], b[:, [0, 2]])

@@ -49,16 +49,18 @@ template <class Float>
 void launch_recursion(const CTCProblem<Float>& p, bool occupancies, void* stream) {
   const int64_t slabs = (p.S + 1 + p.width) / p.width;
   const int threads = 64 * int(smaller(kMostWarps, slabs));
-  if (p.width == 32) {
-    launch(recursion_kernel<Float, 1, 8, false>, p.N, 64, stream, p, occupancies);
+  const auto run = [&](auto kernel, int threads) {
+    launch(kernel, p.N, threads, stream, p, occupancies);
+  };
+  if (p.width == 32) return run(recursion_kernel<Float, 1, 8, false>, 64);
+  if constexpr (sizeof(Float) == 8) {
+    run(recursion_kernel<Float, 2, 4, true>, threads);
   } else if (slabs == 1) {
-    launch(recursion_kernel<Float, 2, 8, false>, p.N, 64, stream, p, occupancies);
+    run(recursion_kernel<Float, 2, 8, false>, 64);
   } else if (p.width == 64) {
-    launch(recursion_kernel < Float, 2, sizeof(Float) == 8 ? 4 : 8, true >, p.N, threads, stream, p,
-           occupancies);
+    run(recursion_kernel<Float, 2, 8, true>, threads);
   } else {
-    launch(recursion_kernel < Float, 4, sizeof(Float) == 8 ? 2 : 4, true >, p.N, threads, stream, p,
-           occupancies);
+    run(recursion_kernel<Float, 4, 4, true>, threads);
   }
 }
 

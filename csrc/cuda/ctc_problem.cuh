@@ -153,7 +153,7 @@ int64_t lay_out(CTCProblem<Float>& p, void* memory, bool recursion) {
   const bool concatenated = p.target_stride_n < 0;
   const int64_t labels = concatenated ? p.targets_size + p.N : p.N * (p.S + 1);
   const int64_t positions = p.S + 2;
-  p.width = positions <= 32 ? 32 : positions <= 256 ? 64 : 128;
+  p.width = positions <= 32 ? 32 : positions <= 256 || sizeof(Float) == 8 ? 64 : 128;
   // One after the other, targets may be short, though one that takes all labels is not.
   if (concatenated && p.N > 0 && p.width > 64 && p.targets_size / p.N < 64) p.width = 64;
   p.by_class = p.C < p.width;

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .common import GROUP, INF, float_dtype, jit, on_its_device, tile_of, tl_dtype, unit_of
 from .ctc_loss import Problem, frame_strides
-from .ctc_recursion import lattice, lengths_of, own_places
 from .ctc_rows import ctc_rows_kernel
+from .ctc_states import lattice, lengths_of, own_places
 
 
 @jit

@@ -32,7 +32,8 @@ class Problem:
         device = logits.device
         self.padded = targets.dim() == 2
         size = targets.shape[-1]
-        longest = min(size, T)
+        # Not by T, where the targets' shape tells: other frames must not compile again.
+        longest = size if self.padded else min(size, T)
         if target_lengths.is_cpu and N and not INTERPRETED:
             longest = min(longest, int(target_lengths.max()))
         # One blank more than labels, in whole lanes of up to four neighbours.

@@ -7,8 +7,10 @@ shard that is missing.
 
 import hashlib
 import multiprocessing
+import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -227,8 +229,16 @@ def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> D
     return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]), places)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _as_long_as_the_parent() -> None:
+    """Leaves interrupts to the parent; ends with it, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _in_fresh_process(function: Callable, *arguments) -> None:
@@ -241,7 +251,7 @@ def _in_fresh_process(function: Callable, *arguments) -> None:
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
     try:
-        with ProcessPoolExecutor(1, context, _leave_interrupts_to_the_parent) as executor:
+        with ProcessPoolExecutor(1, context, _as_long_as_the_parent) as executor:
             executor.submit(function, *arguments).result()
     except BrokenProcessPool as error:
         raise TrainError(

@@ -140,13 +140,13 @@ def energies(samples: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def outstanding(frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 where one stands out, else 0."""
-    for window, first, count in overlapping(frames, BEFORE + CALM, 0):
+    for window, first, _ in overlapping(frames, BEFORE + CALM, 0):
         power = window.logsumexp(1)
         calm = nn.functional.pad(power, (CALM - 1, 0), value=math.inf).unfold(0, CALM, 1).mean(1)
-        padded = nn.functional.pad(-calm, (BEFORE, 0), value=-math.inf)[None]
-        floor = -nn.functional.max_pool1d(padded, BEFORE + 1, 1)[0]
-        above = power > floor + RISE
-        yield torch.cat([window, above[:, None].float()], 1)[first : first + count]
+        padded = nn.functional.pad(-calm, (BEFORE, 0), value=-math.inf)
+        floor = -nn.functional.max_pool1d(padded[None, first:], BEFORE + 1, 1)[0]
+        above = power[first:] > floor + RISE
+        yield torch.cat([window[first:], above[:, None].float()], 1)
 
 
 def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:

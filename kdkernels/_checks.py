@@ -33,6 +33,8 @@ def logits(op, name, x):
         raise bad_type(op, name, "to be a tensor", type(x).__name__)
     if x.dtype not in LOGITS:
         raise bad_type(op, name, "of dtype float32, float64, bfloat16 or float16", x.dtype)
+    if x.layout != torch.strided or x.is_nested:
+        raise bad_value(op, name, "to be dense", "a nested tensor" if x.is_nested else x.layout)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise bad_value(
             op, name, "with at least one class in the last dim", f"shape {tuple(x.shape)}"
@@ -147,11 +149,10 @@ def _lengths(op, name, x, N, batched):
     if isinstance(x, torch.Tensor):
         x = _integers(op, name, x)
     else:
-        values = list(x) if isinstance(x, (list, tuple, torch.Size)) else [x]
-        try:
-            values = [operator.index(value) for value in values]
+        try:  # a sequence, a NumPy array, or one number
+            values = [operator.index(value) for value in (x if hasattr(x, "__len__") else [x])]
         except TypeError:
-            raise bad_type(op, name, "to hold integers", repr(x)) from None
+            raise bad_type(op, name, "to be integers", repr(x)) from None
         x = torch.tensor(values, dtype=torch.int64, device="cpu")
     if x.dim() == 0 and not batched:
         x = x.unsqueeze(0)

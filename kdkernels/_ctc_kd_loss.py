@@ -77,7 +77,7 @@ def ctc_kd_loss(
         frame_weight: bool or floating `[T, N]` (`[N, T]` with `batch_first`, `[T]` for `[T, C]`):
             weight of each frame in kd. In frames of weight 0 the teacher is not read.
         batch_first: logits are `[N, T, C]`.
-        backend: a name of :func:`kdkernels.available`, or None for the best there is.
+        backend: one of ``kdkernels.available("ctc_kd_loss")``, or None for the best there is.
 
     Returns:
         CTCKDTerms: a named tuple ``(loss, ctc, kd)``, in nats, float32 (float64 where either of

@@ -56,7 +56,7 @@ def ctc_loss(
         zero_infinity: give a target that cannot be aligned a loss of 0 instead of inf; its
             gradient is 0 anyhow.
         batch_first: `logits` is `[N, T, C]`.
-        backend: a name of :func:`kdkernels.available`, or None for the best there is.
+        backend: one of ``kdkernels.available("ctc_loss")``, or None for the best there is.
 
     Returns:
         Tensor: in nats, float32 (float64 for float64 logits). Half-precision logits are read as

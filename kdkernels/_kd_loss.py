@@ -60,7 +60,7 @@ def kd_loss(
             weights (the number of rows without `weight`; 0 where every weight is 0);
             ``"batchmean"`` divides it by the size of dim 0.
         rescale: multiply by the student's temperature squared, so that gradients keep their size.
-        backend: a name of :func:`kdkernels.available`, or None for the best there is.
+        backend: one of ``kdkernels.available("kd_loss")``, or None for the best there is.
 
     Returns:
         Tensor: in nats, float32, or float64 where either of the logits is float64. Half-precision

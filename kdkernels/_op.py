@@ -20,6 +20,10 @@ def call(op, tensors, options, wanted, backend):
     if torch.compiler.is_compiling():
         outputs = getattr(torch.ops.kdkernels, op)(*tensors, *options, *wanted, backend)
         return outputs[: -len(wanted)]
+    if torch.jit.is_tracing():  # it would keep the numbers of this call
+        raise RuntimeError(
+            f"{op}: cannot be traced by torch.jit; use torch.compile or torch.export"
+        )
     if any(wanted):
         return _Fused.apply(op, backend, options, wanted, *tensors)
     function = backends.select(op, tensors[0].device.type, backend)
@@ -38,7 +42,7 @@ class _Fused(torch.autograd.Function):
         outputs = function(*tensors, *options, *wanted)
         losses, ctx.grads = outputs[: -len(wanted)], list(outputs[-len(wanted) :])
         ctx.op, ctx.function, ctx.options, ctx.wanted = op, function, options, wanted
-        ctx.scale_grad_ = backends.select("scale_grad", device, backend)
+        ctx.device, ctx.backend = device, backend
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
@@ -50,13 +54,14 @@ class _Fused(torch.autograd.Function):
         if grad_loss is None:
             return tuple(results)
         grads, ctx.grads = ctx.grads, None
+        scale_grad_ = backends.select("scale_grad", ctx.device, ctx.backend)
         if grads is None:  # a graph that was kept: what was handed out is never touched again
             with torch.no_grad():
                 tensors = ctx.saved_tensors
                 grads = ctx.function(*tensors, *ctx.options, *ctx.wanted)[-len(ctx.wanted) :]
         for i, grad in enumerate(grads):
             if grad is not None and ctx.needs_input_grad[4 + i]:
-                results[4 + i] = ctx.scale_grad_(grad, grad_loss.detach())
+                results[4 + i] = scale_grad_(grad, grad_loss.detach())
         if torch.is_grad_enabled():
             results = [
                 g if g is None else _Once.apply(ctx.op, g, grad_loss, *ctx.saved_tensors)

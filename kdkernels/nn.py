@@ -2,6 +2,7 @@
 
 import torch
 
+from . import _checks, _ctc_loss, _kd_loss, backends
 from ._ctc_kd_loss import ctc_kd_loss
 from ._ctc_loss import ctc_loss
 from ._kd_loss import kd_loss
@@ -10,7 +11,14 @@ from ._kd_loss import kd_loss
 class _Loss(torch.nn.Module):
     _options = ()
 
-    def _keep(self, **options):
+    def _keep(self, reductions, **options):
+        name = type(self).__name__
+        _checks.choice(name, "reduction", options["reduction"], reductions)
+        if options["backend"] is not None:
+            _checks.choice(name, "backend", options["backend"], backends.NAMES)
+        if "temperature" in options:
+            keys = ("temperature", "teacher_temperature", "divergence", "beta")
+            _checks.distillation(name, *(options[key] for key in keys))
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -38,6 +46,7 @@ class KDLoss(_Loss):
     ):
         super().__init__()
         self._keep(
+            _kd_loss.REDUCTIONS,
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             divergence=divergence,
@@ -59,6 +68,7 @@ class CTCLoss(_Loss):
     ):
         super().__init__()
         self._keep(
+            _ctc_loss.REDUCTIONS,
             blank=blank,
             reduction=reduction,
             zero_infinity=zero_infinity,
@@ -90,6 +100,7 @@ class CTCKDLoss(_Loss):
     ):
         super().__init__()
         self._keep(
+            _ctc_loss.REDUCTIONS,
             blank=blank,
             reduction=reduction,
             zero_infinity=zero_infinity,

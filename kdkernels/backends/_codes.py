@@ -29,7 +29,7 @@ def dtype_code(tensor: Tensor | None) -> int:
 
 def float_dtype(*logits: Tensor) -> torch.dtype:
     """Of the losses, and of the arithmetic."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in logits] else torch.float32
 
 
 def gradient_of(logits: Tensor) -> Tensor:

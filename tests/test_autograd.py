@@ -130,6 +130,16 @@ def test_second_derivative_is_an_error(on, op):
 
 
 @EVERY_OP
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+def test_tracing_is_an_error(on, op):
+    leaves, loss = losses(on, op)
+    with pytest.raises(RuntimeError, match=f"{op}: cannot be traced by torch.jit"):
+        torch.jit.trace(loss, leaves)
+
+
+@EVERY_OP
 def test_without_grad(on, op):
     leaves, loss = losses(on, op)
     expected = loss(*leaves)

@@ -49,7 +49,13 @@ def lengths(values, which):
         ({"targets": P.targets[0]}, ValueError, r"`targets` to hold sum\(target_lengths\) = \d+ "),
         ({"input_lengths": [12, 12]}, ValueError, r"expected `input_lengths` of shape \(3,\)"),
         ({"input_lengths": 12}, ValueError, r"expected `input_lengths` of shape \(3,\)"),
-        ({"input_lengths": [1.5, 2, 3]}, TypeError, r"expected `input_lengths` to hold integers"),
+        ({"input_lengths": [1.5, 2, 3]}, TypeError, r"expected `input_lengths` to be integers"),
+        ({"input_lengths": None}, TypeError, r"`input_lengths` to be integers, got None"),
+        (
+            {"logits": P.logits.to_sparse()},
+            ValueError,
+            r"`(student_)?logits` to be dense, got torch.sparse_coo",
+        ),
         ({"input_lengths": torch.ones(3)}, TypeError, r"`input_lengths` of an integer dtype"),
         ({"backend": "no"}, ValueError, r"expected `backend` in .*, got 'no'"),
     ],
@@ -201,6 +207,38 @@ def test_ctc_kd_loss_options(on, options, error, message):
     options = {k: v.to(on.device) if torch.is_tensor(v) else v for k, v in options.items()}
     with pytest.raises(error, match=f"^ctc_kd_loss: {message}"):
         call(on, "ctc_kd_loss", **options)
+
+
+def test_nested_tensors(on):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="expected `student_logits` to be dense, got a nested"):
+        on.kd_loss(nested, nested)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: kdkernels.KDLoss(temperature=-2), "KDLoss: expected `temperature` > 0, got -2"),
+        (lambda: kdkernels.KDLoss(reduction="x"), "KDLoss: expected `reduction` in .*, got 'x'"),
+        (lambda: kdkernels.CTCLoss(backend="no"), "CTCLoss: expected `backend` in .*, got 'no'"),
+        (
+            lambda: kdkernels.CTCKDLoss(reduction="batchmean"),
+            "CTCKDLoss: expected `reduction` in .*, got 'batchmean'",
+        ),
+        (
+            lambda: kdkernels.CTCKDLoss(divergence="l2"),
+            "CTCKDLoss: expected `divergence` in .*, got 'l2'",
+        ),
+    ],
+)
+def test_modules_check_options_when_made(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_available_names_public_operators():
+    with pytest.raises(ValueError, match=r"expected `op` in \['ctc_align', .*'kd_loss'\], got 'x'"):
+        kdkernels.available("x")
 
 
 def test_another_device(on):

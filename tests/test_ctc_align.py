@@ -61,6 +61,17 @@ def test_posteriors_sum_to_one(on, regime):
     torch.testing.assert_close(total, valid, rtol=0, atol=TOLERANCES[torch.float32].ctc_grad)
 
 
+@pytest.mark.parametrize("C", [6, 200])  # classes as symbols, and labels
+def test_blank_that_cannot_occur_has_no_occupancy(on, C):
+    logits = randn(4, 2, C, seed=3)
+    logits[1:, :, 0] = -math.inf
+    targets = torch.tensor([[1, 2, 3, 4], [2, 1, 5, 2]])
+    gamma = on.ctc_posteriors(logits.float().to(on.device), targets, [4, 4], [4, 3])
+    assert (gamma[1:, :, 0] == 0).all()
+    assert gamma[0, 1, 0] > 0
+    torch.testing.assert_close(gamma.sum(-1).cpu(), torch.ones(4, 2), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("T", "target"), [(1, []), (1, [1]), (3, [1, 1]), (4, [1, 2]), (5, [2, 2, 1]), (6, [1, 2, 1])]
 )

@@ -3,6 +3,7 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ def test_concatenated_targets(on):
     assert torch.equal(loss, on.ctc_loss(y, strided_targets, *p.rest[1:]))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
 def test_lengths_as_sequences(on, kind):
     p = problem(seed=10)
     lengths = [kind(x.tolist()) for x in p.rest[1:]]

@@ -218,8 +218,8 @@ class Utterance {
   }
 
   // Symbols have numbers: in an alphabet that is small, or mostly in use, those of its classes, so
-  // that occupancies line up with a row of the gradient; else the order in which they appear, blank
-  // being the last.
+  // that occupancies line up with a row of the gradient; else their order in the alphabet, so that
+  // a row is gone through from front to back, blank being the last.
   static bool all_classes(int64_t C, int64_t S) { return C <= std::max<int64_t>(4 * W, 2 * S); }
   static int64_t most_symbols(int64_t C, int64_t S) { return all_classes(C, S) ? C : S + 1; }
 
@@ -232,16 +232,11 @@ class Utterance {
       for (int64_t c = 0; c < C; c++) symbol_label_[c] = int32_t(c);
       return;
     }
-    symbols_ = 0;
-    for (int64_t k = 0; k < S_; k++) symbol_of_label_[label_[k]] = -1;
-    for (int64_t k = 0; k < S_; k++) {
-      int32_t& symbol = symbol_of_label_[label_[k]];
-      if (symbol < 0) {
-        symbol = int32_t(symbols_);
-        symbol_label_[symbols_++] = label_[k];
-      }
-      symbol_[k] = symbol;
-    }
+    std::copy(label_, label_ + S_, symbol_label_);
+    std::sort(symbol_label_, symbol_label_ + S_);
+    symbols_ = std::unique(symbol_label_, symbol_label_ + S_) - symbol_label_;
+    for (int64_t u = 0; u < symbols_; u++) symbol_of_label_[symbol_label_[u]] = int32_t(u);
+    for (int64_t k = 0; k < S_; k++) symbol_[k] = symbol_of_label_[label_[k]];
     symbol_[S_] = int32_t(symbols_);
     symbol_label_[symbols_++] = int32_t(problem_->blank);
   }

@@ -115,26 +115,23 @@ class Utterance {
       loss_ = kNotANumber;
       return;
     }
-    const int64_t row = lattice_.row(), none = lattice_.class_of ? problem_->blank : W - 1;
+    const int64_t row = lattice_.row();
+    const int64_t blank = lattice_.class_of ? problem_->blank : W + S_;
     for (int64_t t = 0; t < T_; t++) {
       Float* const m = label_m_ + t * row;
       Float* const e = label_e_ + t * row;
-      if (lattice_.class_of) {  // made with the softmax
-        blank_m_[t] = m[problem_->blank];
-        blank_e_[t] = e[problem_->blank];
-      } else {
-        const Vec<Float> largest = broadcast(Float(max_[t]));
+      if (!lattice_.class_of) {  // else made with the softmax
         for (int64_t k = W; k < row; k += W) {
-          const Number<Float> p = exponential<Float>(load<Vec<Float>>(m + k), largest);
+          const Number<Float> p =
+              exponential<Float>(load<Vec<Float>>(m + k), broadcast(Float(max_[t])));
           store(m + k, p.m);
           store(e + k, p.e);
         }
-        const Number<Float> blank = exponential<Float>(broadcast(blank_m_[t]), largest);
-        blank_m_[t] = blank.m[0];
-        blank_e_[t] = blank.e[0];
+        set_zero(m, e, W - 1);
       }
-      m[none] = 1;
-      e[none] = kZeroSymbol<Float>;
+      blank_m_[t] = m[blank];
+      blank_e_[t] = e[blank];
+      set_zero(m, e, blank);
     }
     alpha_.begin(&lattice_, memory_[0], block_rows_);
     beta_.begin(&lattice_, memory_[1], block_rows_);
@@ -270,12 +267,17 @@ class Utterance {
     }
   }
 
-  // The logits that become probabilities, and -inf where there is no label.
+  static void set_zero(Float* m, Float* e, int64_t i) {
+    m[i] = 1;
+    e[i] = kZeroSymbol<Float>;
+  }
+
+  // The logits that become probabilities: after the labels that of blank, then -inf.
   void label_logits(int64_t t, const Float* logits) const {
     Float* const row = label_m_ + t * lattice_.row();
-    blank_m_[t] = logits[problem_->blank];
     gather(logits, row + W);
-    std::fill(row + W + S_, row + lattice_.row(), Float(-kInfinity));
+    row[W + S_] = logits[problem_->blank];
+    std::fill(row + W + S_ + 1, row + lattice_.row(), Float(-kInfinity));
   }
 
   // labels[k] = logits[label_[k]]; from a table in registers where the alphabet fits one.

@@ -13,6 +13,7 @@
 #include "cpu/ctc_problem.h"
 #include "cpu/ctc_recursion.h"
 #include "cpu/ctc_rows.h"
+#include "cpu/ctc_target.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
@@ -32,12 +33,13 @@ struct RowScratch {
 template <class Float>
 class Utterance {
  public:
-  using Int = typename Simd<Float>::Int;
   static constexpr int W = kLanes<Float>;
 
   // With the memory for any utterance of up to T frames and S labels.
   Utterance(Arena& arena, int64_t T, int64_t C, int64_t S)
-      : occupancies_{{arena, S, most_symbols(C, S), 0}, {arena, S, most_symbols(C, S), 1}} {
+      : target_(arena, C, S),
+        occupancies_{{arena, S, target_.most_symbols(C, S), 0},
+                     {arena, S, target_.most_symbols(C, S), 1}} {
     const int64_t width = (S + W) / W * W;
     max_ = arena.take<double>(T);
     rest_ = arena.take<double>(T);
@@ -46,13 +48,7 @@ class Utterance {
     blank_e_ = arena.take<Float>(T);
     label_m_ = arena.take<Float>(T * (width + W));
     label_e_ = arena.take<Float>(T * (width + W));
-    class_of_ = arena.take<Int>(width + W);
-    skip_ = arena.take<Int>(width);
-    label_ = arena.take<int32_t>(S);
-    symbol_ = arena.take<int32_t>(S + 1);
-    symbol_label_ = arena.take<int32_t>(most_symbols(C, S));
-    symbol_of_label_ = arena.take<int32_t>(C);
-    dense_ = arena.take<Float>(T * most_symbols(C, S));
+    dense_ = arena.take<Float>(T * target_.most_symbols(C, S));
     block_rows_ = Chain<Float, true>::most_block_rows(T, width);
     memory_[0] = arena.take<Float>(Chain<Float, true>::workspace(T, width));
     memory_[1] = arena.take<Float>(Chain<Float, false>::workspace(T, width));
@@ -65,30 +61,16 @@ class Utterance {
     T_ = problem.input_lengths[n];
     labelled_ = problem.is_labelled(n);
     S_ = labelled_ ? problem.target_lengths[n] : 0;
-    const int64_t* labels = problem.targets + (labelled_ ? problem.target_offsets[n] : 0);
-    int64_t repeats = 0;
-    for (int64_t k = 0; k < S_; k++) {
-      label_[k] = int32_t(labels[k]);
-      repeats += k > 0 && label_[k] == label_[k - 1];
-    }
-    number_symbols();
-    const int64_t width = (S_ + W) / W * W;
-    for (int64_t k = 0; k < width; k++) {
-      skip_[k] = k > 0 && k < S_ && label_[k] != label_[k - 1] ? -1 : 0;
-    }
+    target_.begin(problem.targets + (labelled_ ? problem.target_offsets[n] : 0), S_, problem.C,
+                  problem.blank);
     scale_ = labelled_ ? problem.ctc_scale : 0.0;
     if (problem.divide_by_length) scale_ /= double(std::max<int64_t>(S_, 1));
     loss_ = !labelled_ || (T_ == 0 && S_ == 0) ? 0.0 : kInfinity;
-    runs_ = labelled_ && T_ > 0 && T_ >= S_ + repeats;
+    runs_ = labelled_ && T_ > 0 && T_ >= target_.frames();
     if (!runs_) scale_ = 0;
-    const bool table = kHasLookup<Float> && problem.C <= 2 * W;
-    if (table) {
-      std::fill(class_of_, class_of_ + width + W, Int(problem.blank));
-      std::copy(label_, label_ + S_, class_of_ + W);
-    }
-    lattice_ = {
-        T_, S_, width, blank_m_, blank_e_, label_m_, label_e_, table ? class_of_ : nullptr, skip_};
-    for (Occupancies<Float>& o : occupancies_) o.begin(S_, symbol_, symbols_);
+    lattice_ = {T_,       S_,       target_.width(),    blank_m_,      blank_e_,
+                label_m_, label_e_, target_.class_of(), target_.skip()};
+    for (Occupancies<Float>& o : occupancies_) o.begin(S_, target_.symbol(), target_.symbols());
   }
 
   // Frames [begin, end) of the batch's T: statistics, divergence, dense gradient.
@@ -214,30 +196,6 @@ class Utterance {
     return sum;
   }
 
-  // Symbols have numbers: in an alphabet that is small, or mostly in use, those of its classes, so
-  // that occupancies line up with a row of the gradient; else their order in the alphabet, so that
-  // a row is gone through from front to back, blank being the last.
-  static bool all_classes(int64_t C, int64_t S) { return C <= std::max<int64_t>(4 * W, 2 * S); }
-  static int64_t most_symbols(int64_t C, int64_t S) { return all_classes(C, S) ? C : S + 1; }
-
-  void number_symbols() {
-    const int64_t C = problem_->C;
-    if (all_classes(C, S_)) {
-      symbols_ = C;
-      std::copy(label_, label_ + S_, symbol_);
-      symbol_[S_] = int32_t(problem_->blank);
-      for (int64_t c = 0; c < C; c++) symbol_label_[c] = int32_t(c);
-      return;
-    }
-    std::copy(label_, label_ + S_, symbol_label_);
-    std::sort(symbol_label_, symbol_label_ + S_);
-    symbols_ = std::unique(symbol_label_, symbol_label_ + S_) - symbol_label_;
-    for (int64_t u = 0; u < symbols_; u++) symbol_of_label_[symbol_label_[u]] = int32_t(u);
-    for (int64_t k = 0; k < S_; k++) symbol_[k] = symbol_of_label_[label_[k]];
-    symbol_[S_] = int32_t(symbols_);
-    symbol_label_[symbols_++] = int32_t(problem_->blank);
-  }
-
   // Frames [begin, end), at most a block of them, the gradients of their divergences being in
   // scratch.kd.
   void ctc_rows(int64_t begin, int64_t end, RowScratch<Float>& scratch) {
@@ -275,32 +233,9 @@ class Utterance {
   // The logits that become probabilities: after the labels that of blank, then -inf.
   void label_logits(int64_t t, const Float* logits) const {
     Float* const row = label_m_ + t * lattice_.row();
-    gather(logits, row + W);
+    target_.gather(logits, row + W);
     row[W + S_] = logits[problem_->blank];
     std::fill(row + W + S_ + 1, row + lattice_.row(), Float(-kInfinity));
-  }
-
-  // labels[k] = logits[label_[k]]; from a table in registers where the alphabet fits one.
-  void gather(const Float* logits, Float* labels) const {
-    constexpr int kPairs = 4;
-    if constexpr (kHasLookup<Float>) {
-      if (problem_->C <= 2 * kPairs * W) {
-        Vec<Float> table[2 * kPairs];
-#pragma GCC unroll 8
-        for (int i = 0; i < 2 * kPairs; i++) {
-          const int64_t left = std::clamp<int64_t>(problem_->C - i * W, 0, W);
-          table[i] = load_partial(logits + i * W, int(left), Float(0));
-        }
-        for_each_vector<Float>(S_, [&](int64_t k, int n) {
-          const VecI32 index =
-              n == W ? load<VecI32>(label_ + k)
-                     : (VecI32)load_partial(reinterpret_cast<const float*>(label_ + k), n, 0.0f);
-          store_n(labels + k, lookup<kPairs>(table, index), n);
-        });
-        return;
-      }
-    }
-    for (int64_t k = 0; k < S_; k++) labels[k] = logits[label_[k]];
   }
 
   void gradient_row(int64_t t, const SoftmaxRow<Float>& row, RowScratch<Float>& scratch, int i) {
@@ -319,8 +254,8 @@ class Utterance {
     });
     if (p.grad.dtype !=
         kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
-      Float* const kept = dense_ + t * symbols_;
-      for (int64_t u = 0; u < symbols_; u++) kept[u] = dense[symbol_label_[u]];
+      Float* const kept = dense_ + t * target_.symbols();
+      for (int64_t u = 0; u < target_.symbols(); u++) kept[u] = dense[target_.class_of_symbol(u)];
       finish_row(grad, p.grad.dtype, p.C, dense);
     }
   }
@@ -371,7 +306,8 @@ class Utterance {
       for (int64_t k = std::min(S_, t + 1); k >= 0; k--) {  // down: k - 1 is still of frame t - 1
         const double before = k > 0 ? label[k - 1] : 0.0;
         if (k < S_) {
-          label[k] = (label[k] + blank[k] + (skip_[k] ? before : 0.0)) * probability(label_[k]);
+          label[k] = (label[k] + blank[k] + (target_.skip()[k] ? before : 0.0)) *
+                     probability(target_.label(k));
         }
         blank[k] = (blank[k] + before) * p_blank;
       }
@@ -409,17 +345,20 @@ class Utterance {
   void subtract(Occupancies<Float>& occupancies) {
     const Problem<Float>& p = *problem_;
     const Float scale = p.posteriors ? Float(-1) : Float(scale_);
-    occupancies.flush([&](int64_t t, const Float* symbols) {
+    const int64_t symbols = target_.symbols();
+    occupancies.flush([&](int64_t t, const Float* occupancy) {
       void* const grad = p.grad.row(t, n_);
       Float* const row = static_cast<Float*>(grad);
-      if (p.grad.dtype == kOwnDType<Float> && all_classes(p.C, S_)) {
-        for (int64_t c = 0; c < p.C; c++) row[c] -= scale * symbols[c];
+      if (p.grad.dtype == kOwnDType<Float> && target_.symbols_are_classes()) {
+        for (int64_t c = 0; c < p.C; c++) row[c] -= scale * occupancy[c];
       } else if (p.grad.dtype == kOwnDType<Float>) {
-        for (int64_t u = 0; u < symbols_; u++) row[symbol_label_[u]] -= scale * symbols[u];
+        for (int64_t u = 0; u < symbols; u++) {
+          row[target_.class_of_symbol(u)] -= scale * occupancy[u];
+        }
       } else {
-        const Float* const kept = dense_ + t * symbols_;
-        for (int64_t u = 0; u < symbols_; u++) {
-          store_one(grad, p.grad.dtype, symbol_label_[u], kept[u] - scale * symbols[u]);
+        const Float* const kept = dense_ + t * symbols;
+        for (int64_t u = 0; u < symbols; u++) {
+          store_one(grad, p.grad.dtype, target_.class_of_symbol(u), kept[u] - scale * occupancy[u]);
         }
       }
     });
@@ -427,23 +366,19 @@ class Utterance {
 
   const Problem<Float>* problem_ = nullptr;
   int64_t block_rows_ = 0;  // of a chain, for the largest utterance there is memory for
-  int64_t n_ = 0, T_ = 0, S_ = 0, symbols_ = 0;
+  int64_t n_ = 0, T_ = 0, S_ = 0;
   bool labelled_ = false, runs_ = false;
   double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
   Lattice<Float> lattice_{};
   Chain<Float, true> alpha_;
   Chain<Float, false> beta_;
+  Target<Float> target_;
   Occupancies<Float> occupancies_[2];  // of alpha and of beta, whose pair k has label k - 1
 
   double *max_, *rest_, *kd_;                        // [T], SoftmaxRow and divergence of each frame
   Float *blank_m_, *blank_e_, *label_m_, *label_e_;  // see Lattice
-  Int *class_of_, *skip_;
-  Float* dense_;              // [T][symbols], dense gradient at each symbol
-  int32_t* label_;            // [S]
-  int32_t* symbol_;           // [S + 1], number of each label's symbol, and of blank's
-  int32_t* symbol_label_;     // [symbols]
-  int32_t* symbol_of_label_;  // [C]
-  Float* memory_[2];          // of alpha and of beta
+  Float* dense_;                                     // [T][symbols], dense gradient at each symbol
+  Float* memory_[2];                                 // of alpha and of beta
 };
 
 }  // namespace KDKERNELS_TARGET

@@ -12,8 +12,8 @@ import yaml
 # checks lists, and needs nothing but PyYAML
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from . import files
 from .arms import ARMS, TEACHERS
-from .files import write_bytes
 
 EPILOG = """
 Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
@@ -33,7 +33,8 @@ A teacher of your own (--teachers) is one of
 each with =WEIGHT after it where several shall not count the same.
 
 The same command with the same --out goes on where it was, whatever ended it; finished stages are
-used as they are. Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches
+used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
+what does not depend on them is taken back. Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches
 are then shared out among them, the results those of one process.
 """
 
@@ -273,8 +274,38 @@ def warnings(settings: Settings) -> list[str]:
 
 def save(settings: Settings, path: Path) -> None:
     """The resolved settings as a file that --config reads."""
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+    files.write_bytes(path, yaml.safe_dump(vars(settings), sort_keys=False).encode())
+
+
+def read(path: Path) -> dict:
+    """What `save` wrote; {} where it cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# places, the pace of the work and of its copies: a result is the same under any of them
+NO_RESULT = ("out", "cache", "workers", "checkpoint_every", "keep", "tensorboard")
+
+
+def changes(old: dict, settings: Settings) -> list[str]:
+    """The settings on which results depend, where `old` has another value: "--seed 0 -> 1"."""
+
+    def shown(value) -> str:
+        return ",".join(value) if isinstance(value, list) else str(value) or "none"
+
+    return [
+        f"--{name.replace('_', '-')} {shown(old[name])} -> {shown(value)}"
+        for name, value in vars(settings).items()
+        if name not in NO_RESULT and name in old and old[name] != value
+    ]
+
+
+def digest(values: dict) -> str:
+    """Of the settings on which results depend."""
+    return files.digest({name: x for name, x in values.items() if name not in NO_RESULT})
 
 
 def with_seed(settings: Settings, seed: int) -> Settings:

@@ -13,7 +13,7 @@ from kdkernels.asr.report import FILES
 from kdkernels.asr.settings import Settings, save
 from kdkernels.asr.training import Checkpoints
 
-COMMAND = [*TINY, '--arms=["alone","distilled"]']
+COMMAND = [*TINY, "--arms=alone,distilled"]
 RESULTS = {"teacher.safetensors", "student_alone.safetensors", "student_distilled.safetensors"}
 
 

@@ -74,7 +74,9 @@ class Folder:
     def _set_aside(self, name: str) -> Path | None:
         """Moves what is not this run's to OUT/previous/NAME; None where there is nothing."""
         aside = self.path / "previous" / name[:8]
-        teachers = {Path(spec.rpartition("=")[0] or spec).resolve() for spec in self._settings.teachers}
+        teachers = {
+            Path(spec.rpartition("=")[0] or spec).resolve() for spec in self._settings.teachers
+        }
         parts = [part for stage in STAGES if stage not in self._own for part in _of(stage)]
         there = [
             part

@@ -34,8 +34,10 @@ each with =WEIGHT after it where several shall not count the same.
 
 The same command with the same --out goes on where it was, whatever ended it; finished stages are
 used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
-what does not depend on them is taken back. Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches
-are then shared out among them, the results those of one process.
+what does not depend on them is taken back.
+
+Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
+out among them, the results those of one process.
 """
 
 FRAMES = ("all", "nonblank", "neighbours", "threshold")
@@ -45,6 +47,15 @@ def option(default, help: str, **argument):
     """A field and its command-line option in one."""
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else None
     return field(**(kind or {"default": default}), metadata={"help": help, **argument})
+
+
+def names(value) -> list[str]:
+    """A list of words, or "A,B" as on the command line, in [] and quotes or not."""
+    if isinstance(value, str):
+        value = value.strip().removeprefix("[").removesuffix("]").split(",")
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise ValueError(f"expected names, e.g. alone,distilled, got {value!r}")
+    return [word for x in value if (word := x.strip(" \"'"))]
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Settings:
 
     arms: list[str] = option(
         ["alone", "distilled", "distilled_without_transcripts", "transcribed"],
-        f"students to train, [A,B,...] of {', '.join(ARMS)}",
+        f"students to train, A,B,... of {', '.join(ARMS)}",
         metavar="LIST",
     )
     teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
@@ -192,8 +203,8 @@ def _parser(mode: str):
         if setting.type is bool:
             details["action"] = "store_true"
         elif "choices" not in details:
-            details["type"] = setting.type
             numeric = setting.type in (int, float)
+            details["type"] = names if setting.type == list[str] else setting.type
             details.setdefault("metavar", "N" if numeric else "NAME")
         default = getattr(Settings(), setting.name)
         parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **details)
@@ -247,7 +258,8 @@ def problem(settings: Settings) -> str | None:
         for word in getattr(settings, name):
             if word not in known:
                 flag = name.replace("_", "-")
-                return f"--{flag} must be of {', '.join(known)}, got {word}"
+                example = ",".join([*known][:2])
+                return f"--{flag} must be of {', '.join(known)}, e.g. {example}, got {word}"
     for needed in ("alone", "distilled"):
         if needed not in settings.arms:
             return f"--arms must have {needed}: the report compares with it"

@@ -72,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     try:
+        if chosen.stream and sys.stdin is None:
+            raise files.TrainError("--stream: standard input is closed; pipe audio into it")
         model = recognise.load(Path(chosen.model))
         if chosen.stream:
             source = sys.stdin.buffer

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdkernels.bench import instructions, markdown, peers
+from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import contenders, make_inputs
 from kdkernels.bench.errors import errors, judged
@@ -143,9 +144,17 @@ def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
     assert len(times["b"]) == MIN_ROUNDS
 
 
-def test_ratio_is_of_medians_with_the_spread_within_rounds_that_both_ran_in():
+def test_a_ratio_and_its_spread_are_those_within_rounds_that_both_ran_in():
     times = {"a": {0: 2.0, 3: 4.0, 6: 6.0}, "b": {0: 1.0, 1: 9.0, 2: 1.0, 3: 1.0, 6: 2.0}}
-    assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
+    assert ratio(times, "a", "b") == {"value": 3.0, "p25": 2.0, "p75": 4.0}
+
+
+def test_a_shape_that_no_row_has_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--shape", "zzz", "--tiny", "--op", "ctc_loss"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("no row has 'zzz'; there are (20, 3, 8, 4), (20, 3, 8, 4) varying")
+    assert parse(["--shape", "varying", "--tiny"]).shape == "varying"
 
 
 def test_a_contender_off_float64_is_marked():

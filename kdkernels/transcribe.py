@@ -1,6 +1,7 @@
 """`python -m kdkernels.transcribe`: recordings, or a stream, to text and captions.
 
-AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or in --out
+AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or in --out; of
+            a.mp3 and a.wav, a.mp3.txt and a.wav.txt
 --stream    words of what comes in on standard input, printed as they become final
 """
 

@@ -125,6 +125,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for word in ("--preset", "--seed", "--out", "--transcribed", "audio_filepath"):
         assert word in text
+    assert "<function" not in text
 
 
 def test_importing_kdkernels_needs_none_of_this():

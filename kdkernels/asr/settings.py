@@ -180,6 +180,9 @@ def _parser(mode: str):
         def _fill_text(self, text, width, indent):
             return "".join(indent + line for line in text.splitlines(keepends=True))
 
+        def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
+            return None
+
     parser = ArgumentParser(
         prog="python -m kdkernels.train",
         description="Train a teacher, a student alone and students distilled from the teacher; "
@@ -195,8 +198,8 @@ def _parser(mode: str):
         "--preset",
         choices=tuple(PRESETS),
         default="default",
-        help="default: about 10 minutes on two cores; quick: about 3; full: every arm, an hour or "
-        "more; the options below override it one by one",
+        help="default: about 10 minutes on two cores with nothing else to do; quick: about 3; full: "
+        "every arm, an hour or more; the options below override it one by one",
     )
     for setting in fields(Settings):
         details = dict(setting.metadata)

@@ -10,7 +10,7 @@ from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import contenders, make_inputs
 from kdkernels.bench.errors import errors, judged
-from kdkernels.bench.report import BEGIN, END, PAGE, with_section
+from kdkernels.bench.report import PAGE, README, markers, with_section
 from kdkernels.bench.shapes import OPS, SHAPES, TINY
 from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
 
@@ -22,9 +22,11 @@ def results():
     return [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks/results").glob("*.json"))]
 
 
-def test_readme_agrees_with_the_results(results):
-    shown = (ROOT / "README.md").read_text().split(BEGIN)[1].split(END)[0]
-    assert shown.strip() == markdown.readme_section(results)
+@pytest.mark.parametrize("name", README)
+def test_readme_agrees_with_the_results(results, name):
+    begin, end = markers(name)
+    shown = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0]
+    assert shown.strip() == README[name](results)
 
 
 def test_docs_agree_with_the_results(results):
@@ -121,11 +123,15 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         markdown.readme_section([result])
     )
     assert "floor >= 3: MISSED" in markdown.row_text(row)
+    slower = {**row, "ratios": {"eager": {"value": 0.5}}, "peak_memory": None}
+    gains = "| `kd_loss` | 0.5x to 12x, median 2.5x | 5.2x to 5.2x, median 5.2x |"
+    faster = {**slower, "ratios": {"eager": {"value": 12.4}}}
+    assert gains in markdown.headline([result | {"rows": [row, slower, faster]}])
 
 
 def test_readme_without_markers_is_an_error():
     with pytest.raises(SystemExit, match="expected one pair"):
-        with_section("nothing", "a table")
+        with_section("nothing", "speed", "a table")
 
 
 def test_contenders_take_turns_until_the_rounds_or_the_seconds_are_over():

@@ -11,7 +11,8 @@
 
 A stage reads files and writes files. A file that is there, whole, and made from the same data and
 settings is used as it is; a training goes on from its newest checkpoint. So the same command, run
-again, goes on where it was.
+again, goes on where it was. What a run with other settings left in OUT is set aside first, in
+OUT/previous.
 """
 
 import sys
@@ -28,6 +29,7 @@ with needed():
     from kdkernels.asr.arms import ARMS, TEACHERS
     from kdkernels.asr.console import say, warn
     from kdkernels.asr.evaluation import evaluate, evaluate_teachers, measure_loss
+    from kdkernels.asr.folder import Folder
     from kdkernels.asr.prepare import prepare
     from kdkernels.asr.settings import Settings, parse
     from kdkernels.asr.stages import (
@@ -47,16 +49,17 @@ def run(settings: Settings) -> dict:
     for folder in (out, cache):
         files.check_writable(folder)
         files.remove_unfinished(folder)
-    if processes.rank() == 0:
-        settings_module.save(settings, out / "settings.yaml")
-        for text in settings_module.warnings(settings):
-            warn(text)
+    for text in settings_module.warnings(settings):
+        warn(text)
     on = training.machine(settings)
     opened = teachers.open_teachers(settings.teachers)
+    folder = Folder(out, settings)
+    if processes.rank() == 0:
+        folder.begin()
     with processes.first_then_others():
         corpora = prepare(settings, cache, teachers.characters(opened))
     prepared = time.perf_counter() - start
-    experiment = Experiment(settings, out, cache, on, corpora)
+    experiment = Experiment(settings, folder, cache, on, corpora)
 
     models: dict[str, Trained] = {}
     ssl = self_supervise(experiment)
@@ -101,6 +104,8 @@ def run_seeds(settings: Settings) -> dict:
     """The experiment once, or once for each of several seeds and a report over all of them."""
     if settings.seeds == 1:
         return run(settings)
+    if processes.rank() == 0:
+        Folder(Path(settings.out), settings).begin()
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = [run(settings_module.with_seed(settings, seed)) for seed in seeds]
     together = report.over_seeds(results)
@@ -119,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: run the same command again and it goes on from here", file=sys.stderr)
+        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,7 @@
 """`python -m kdkernels.transcribe`: recordings, or a stream, to text and captions.
 
-AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or in --out
+AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or in --out; of
+            a.mp3 and a.wav, a.mp3.txt and a.wav.txt
 --stream    words of what comes in on standard input, printed as they become final
 """
 
@@ -72,6 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     try:
+        if chosen.stream and sys.stdin is None:
+            raise files.TrainError("--stream: standard input is closed; pipe audio into it")
         model = recognise.load(Path(chosen.model))
         if chosen.stream:
             source = sys.stdin.buffer

@@ -19,7 +19,7 @@ from kdkernels import train
 from kdkernels.asr import files, settings
 
 STUDENT = "student_distilled.safetensors"
-ARMS = '--arms=["alone","distilled"]'
+ARMS = "--arms=alone,distilled"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,39 @@ def test_a_settings_file_and_the_command_line_over_it(tmp_path, name, text):
     assert parsed.skip_bad
     assert (parsed.teacher_steps, parsed.seed) == (7, 4)
     assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "seed = 3"), ("a.yaml", "seed: 3")])
+def test_settings_are_printed_in_the_format_of_their_file(tmp_path, capsys, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="0"):
+        settings.parse([f"--config={path}", "--arms=alone,distilled", "--print_config"])
+    path.write_text(capsys.readouterr().out)
+    assert settings.parse([f"--config={path}"]) == settings.Settings(
+        seed=3, arms=["alone", "distilled"]
+    )
+
+
+@pytest.mark.parametrize(
+    "given", ["alone,distilled", "[alone, distilled]", '["alone","distilled"]', "alone,distilled,"]
+)
+@pytest.mark.parametrize("config", ["", "teachers = ['own']"])
+def test_a_list_on_the_command_line(tmp_path, given, config):
+    path = tmp_path / "a.toml"
+    path.write_text(config)
+    for more in ([], [f"--config={path}"]):
+        parsed = settings.parse([*more, "--arms", given])
+        assert parsed == settings.Settings(arms=["alone", "distilled"])
+
+
+@pytest.mark.parametrize("arms", ["--arms=alone distilled", "--arms=[1]", "--config=a.yaml"])
+def test_a_list_with_a_mistake_shows_a_right_one(tmp_path, monkeypatch, capsys, arms):
+    (tmp_path / "a.yaml").write_text("arms: 7")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        settings.parse([arms])
+    assert "alone,distilled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,14 @@ def test_a_bad_row_of_a_hugging_face_dataset(folder):
     assert len(sources.read(spec, False, skip_bad=True)[0][0]) == 1
 
 
+def test_a_row_whose_samples_are_no_numbers_is_named(folder):
+    soundfile.write(folder / "a.wav", np.full(99, np.nan, "f4"), 16000, subtype="FLOAT")
+    items = [{"bytes": (folder / "a.wav").read_bytes(), "path": None}]
+    shards, _ = sources.read(hugging_face(folder, audio=items, text=["one"]), True)
+    with pytest.raises(TrainError, match="hf, row 0 holds samples that are no numbers"):
+        heard(shards)
+
+
 def test_a_hugging_face_dataset_that_cannot_be_used(folder):
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [1]})}).save_to_disk(
         str(folder / "several")

@@ -66,7 +66,7 @@ def test_a_run_with_foreign_teachers_and_our_own(tmp_path):
     save(tmp_path / "hf", "Wav2Vec2", TOKENS)
     out = tmp_path / "out"
     spec = f'--teachers=["own=3","{tmp_path / "hf"}"]'
-    arguments = [*TINY, '--arms=["alone","distilled","pseudo_labels"]', "--top-k=4"]
+    arguments = [*TINY, "--arms=alone,distilled,pseudo_labels", "--top-k=4"]
     assert train.main([*arguments, spec, "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     own = report["parameters"]["student_alone"]
@@ -74,7 +74,7 @@ def test_a_run_with_foreign_teachers_and_our_own(tmp_path):
     assert "student_pseudo_labels" in report["wer"]
     # and a model of this program as the only teacher of another run
     spec = f'--teachers=["{out / "teacher.safetensors"}"]'
-    again = [*TINY, '--arms=["alone","distilled"]', spec, "--cache", str(out / "cache")]
+    again = [*TINY, "--arms=alone,distilled", spec, "--cache", str(out / "cache")]
     assert train.main([*again, "--out", str(tmp_path / "second")]) == 0
     assert not (tmp_path / "second" / "teacher.safetensors").exists()
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from kdkernels.bench import instructions, markdown, peers
+from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import contenders, make_inputs
 from kdkernels.bench.errors import errors, judged
-from kdkernels.bench.report import BEGIN, END, PAGE, with_section
+from kdkernels.bench.report import PAGE, README, markers, with_section
 from kdkernels.bench.shapes import OPS, SHAPES, TINY
 from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
 
@@ -21,9 +22,11 @@ def results():
     return [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks/results").glob("*.json"))]
 
 
-def test_readme_agrees_with_the_results(results):
-    shown = (ROOT / "README.md").read_text().split(BEGIN)[1].split(END)[0]
-    assert shown.strip() == markdown.readme_section(results)
+@pytest.mark.parametrize("name", README)
+def test_readme_agrees_with_the_results(results, name):
+    begin, end = markers(name)
+    shown = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0]
+    assert shown.strip() == README[name](results)
 
 
 def test_docs_agree_with_the_results(results):
@@ -120,11 +123,15 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         markdown.readme_section([result])
     )
     assert "floor >= 3: MISSED" in markdown.row_text(row)
+    slower = {**row, "ratios": {"eager": {"value": 0.5}}, "peak_memory": None}
+    gains = "| `kd_loss` | 0.5x to 12x, median 2.5x | 5.2x to 5.2x, median 5.2x |"
+    faster = {**slower, "ratios": {"eager": {"value": 12.4}}}
+    assert gains in markdown.headline([result | {"rows": [row, slower, faster]}])
 
 
 def test_readme_without_markers_is_an_error():
     with pytest.raises(SystemExit, match="expected one pair"):
-        with_section("nothing", "a table")
+        with_section("nothing", "speed", "a table")
 
 
 def test_contenders_take_turns_until_the_rounds_or_the_seconds_are_over():
@@ -143,9 +150,17 @@ def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
     assert len(times["b"]) == MIN_ROUNDS
 
 
-def test_ratio_is_of_medians_with_the_spread_within_rounds_that_both_ran_in():
+def test_a_ratio_and_its_spread_are_those_within_rounds_that_both_ran_in():
     times = {"a": {0: 2.0, 3: 4.0, 6: 6.0}, "b": {0: 1.0, 1: 9.0, 2: 1.0, 3: 1.0, 6: 2.0}}
-    assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
+    assert ratio(times, "a", "b") == {"value": 3.0, "p25": 2.0, "p75": 4.0}
+
+
+def test_a_shape_that_no_row_has_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--shape", "zzz", "--tiny", "--op", "ctc_loss"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("no row has 'zzz'; there are (20, 3, 8, 4), (20, 3, 8, 4) varying")
+    assert parse(["--shape", "varying", "--tiny"]).shape == "varying"
 
 
 def test_a_contender_off_float64_is_marked():

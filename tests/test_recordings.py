@@ -103,13 +103,25 @@ def test_nothing_is_lost(run, tmp_path, capsys):
     assert call(tmp_path / "a.wav", "--model", run) == 2
     assert "a.txt exists; --force replaces it" in capsys.readouterr().err
     assert (tmp_path / "a.txt").read_text() == "my notes"
-    assert call(tmp_path / "a.wav", tmp_path / "a.flac", "--model", run, "--force") == 2
+    (tmp_path / "b").mkdir()
+    soundfile.write(tmp_path / "b" / "a.wav", samples, RATE)
+    both = (tmp_path / "a.wav", tmp_path / "b" / "a.wav")
+    assert call(*both, "--model", run, "--out", tmp_path / "out") == 2
     assert "would both be written to" in capsys.readouterr().err
     assert call(tmp_path / "a.wav", "--model", run, "--force") == 0
     assert (tmp_path / "a.txt").read_text() != "my notes"
     (tmp_path / "file").write_text("")
     assert call(tmp_path / "a.wav", "--model", run, "--out", tmp_path / "file" / "x") == 2
     assert "cannot write into the folder" in capsys.readouterr().err
+
+
+def test_recordings_that_differ_in_their_suffix_alone(run, tmp_path):
+    names = ("a.wav", "a.flac", "b.wav")
+    for name in names:
+        soundfile.write(tmp_path / name, tones("ab cd", np.random.default_rng(0))[0], RATE)
+    out = tmp_path / "out"
+    assert call(*(tmp_path / name for name in names), "--model", run, "--out", out) == 0
+    assert {p.name for p in out.glob("*.txt")} == {"a.wav.txt", "a.flac.txt", "b.txt"}
 
 
 @pytest.mark.parametrize(

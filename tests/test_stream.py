@@ -13,6 +13,7 @@ import torch
 from tones import RATE, SPACE, call, tones
 
 from kdkernels.asr import audio, recognise
+from kdkernels.asr.stream import blocks
 
 
 def pcm(samples, channels=1):
@@ -120,6 +121,35 @@ def test_a_stream_of_nothing(monkeypatch, capsys, run, content):
 def test_a_wav_stream_that_cannot_be_read(monkeypatch, capsys, run, content, message):
     assert stream(monkeypatch, run, content) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("FLAC", "flac"), ("OGG", "ogg"), ("MP3", "mp3"), ("AIFF", "aiff"), ("CAF", "caf"),
+     ("AU", "au"), ("RF64", "rf64")],
+)  # fmt: skip
+def test_a_stream_of_another_format_is_refused(monkeypatch, capsys, run, kind, said):
+    written = io.BytesIO()
+    endian = "BIG" if kind == "AU" else None
+    soundfile.write(written, 0.1 * np.ones(RATE, "f4"), RATE, format=kind, endian=endian)
+    assert stream(monkeypatch, run, written.getvalue()) == 2
+    said_all = capsys.readouterr()
+    assert said_all.err.startswith(f"error: the stream is {said}, expected raw 16-bit samples")
+    assert said_all.out == ""
+
+
+def test_quiet_samples_are_of_no_format():
+    for sample in range(-1024, 1024):
+        content = np.full(4, sample, "<i2").tobytes()
+        rate, _ = blocks(io.BytesIO(content), RATE, 1)
+        assert rate == RATE
+
+
+def test_standard_input_that_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert call("--stream", "--model", "x") == 2
+    said = capsys.readouterr().err
+    assert said == "error: --stream: standard input is closed; pipe audio into it\n"
 
 
 def test_from_the_command_line_through_a_pipe(run):

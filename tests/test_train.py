@@ -125,6 +125,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for word in ("--preset", "--seed", "--out", "--transcribed", "audio_filepath"):
         assert word in text
+    assert "<function" not in text
 
 
 def test_importing_kdkernels_needs_none_of_this():
@@ -222,6 +223,28 @@ def test_a_bad_line_is_named_before_the_work_begins(recordings, capsys, line, me
     assert message in said
     assert "transcribed.jsonl, line 3" in said
     assert not list((folder / "out").rglob("*.safetensors"))
+
+
+def test_samples_that_are_no_numbers(recordings, capsys):
+    folder, _, arguments = recordings
+    samples = np.full(32000, 0.1, "f4")
+    samples[31000] = np.nan
+    soundfile.write(folder / "nan.wav", samples, 16000, subtype="FLOAT")
+    write_manifest(folder, "untranscribed", [{"audio_filepath": "nan.wav"}])
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {folder / 'nan.wav'} holds samples that are no numbers; replace it\n"
+
+
+def test_recordings_of_nothing_are_warned_of(recordings, capsys):
+    folder, _, arguments = recordings
+    for name in ("a0.wav", "a1.wav"):
+        soundfile.write(folder / name, np.zeros(32000), 16000)
+    assert train.main(arguments) == 0
+    said = capsys.readouterr().err.splitlines()
+    silent = "recordings of the {} set are silent from end to end; are they the right files?"
+    splits = ("transcribed", "untranscribed", "test")
+    assert said == [f"warning: 2 of 6 {silent.format(split)}" for split in splits]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])

@@ -6,6 +6,7 @@
     stages.py     the stages that train, and cache the teachers' logits
     evaluation.py error rates on the test set, and the cost of the loss
     files.py      files written whole or not at all, reused only when they are what was asked for
+    folder.py     OUT is one run's: what another left is set aside, and taken back where it fits
     corpus.py     a grammar, voices, noise: what is said, by whom, where; a function of the seed
     espeak.py     espeak-ng in process: text to samples
     sources.py    recorded speech: manifests, Kaldi, tables; bad lines named

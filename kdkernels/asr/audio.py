@@ -79,19 +79,18 @@ def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndar
             samples = opened.read(count, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise TrainError(f"{file} cannot be read as audio ({error})") from error
-    if not np.isfinite(samples).all():
-        raise TrainError(f"{file} holds samples that are no numbers; replace it")
     return samples, rate
+
+
+def check_finite(samples: np.ndarray, where: str) -> None:
+    """Raises where a sample is NaN or infinite; `where` names the recording."""
+    if not np.isfinite(samples).all():
+        raise TrainError(f"{where} holds samples that are no numbers; replace it")
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
     """float32 [samples, channels] at `rate` -> int16 [samples] at 16 kHz."""
     return to_int16(resample(np.ascontiguousarray(samples.mean(1)), rate))
-
-
-def read(path: Path, start: float = 0.0, stop: float | None = None) -> np.ndarray:
-    """Any file libsndfile reads -> int16 [samples], mono, 16 kHz."""
-    return mono(*decode(path, start, stop))
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:

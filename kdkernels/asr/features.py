@@ -52,6 +52,11 @@ def log_mel(samples: Tensor) -> Tensor:
     return features.half()
 
 
+def silent(features: Tensor) -> bool:
+    """Whether they are those of a recording in which nothing changes."""
+    return features.abs().max().item() < 0.02
+
+
 def spec_augment(
     features: Tensor, lengths: Tensor, generator: torch.Generator, ids: Tensor | None = None
 ) -> Tensor:

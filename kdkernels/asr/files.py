@@ -73,6 +73,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, **facts) -> N
     write_bytes(path, safetensors.torch.save(tensors, {"kdkernels": header}))
 
 
+def load_header(path: Path) -> dict:
+    """The key and the facts of such a file; {} where it cannot be read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("kdkernels", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return {}
+
+
 def remove_unfinished(folder: Path) -> None:
     """What processes that were killed had begun to write."""
     for path in folder.rglob(".*.tmp"):

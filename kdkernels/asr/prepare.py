@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import batches, data, sources
+from . import batches, data, features, sources
 from .arms import ARMS
 from .console import progress, warn
 from .settings import Settings
@@ -30,6 +30,12 @@ def prepare(settings: Settings, cache: Path, more_characters: str) -> data.Corpo
             split: data.load(several, cache, settings.workers, bar.update)
             for split, several in shards.items()
         }
+    for split, loaded in sets.items():
+        if quiet := sum(map(features.silent, loaded.features)):
+            warn(
+                f"{quiet} of {len(loaded)} recordings of the {split} set are silent from end to "
+                "end; are they the right files?"
+            )
     if "dev" not in sets:
         sets["transcribed"], sets["dev"] = data.split_off_dev(sets["transcribed"])
     transcribed = sets["transcribed"]

@@ -1,4 +1,4 @@
-"""Recordings -> NAME.txt, NAME.json, NAME.vtt and NAME.srt."""
+"""Recordings -> NAME.txt, NAME.json, NAME.vtt and NAME.srt; of a.mp3 and a.wav, a.mp3.txt, ..."""
 
 import itertools
 import json
@@ -43,8 +43,7 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
             raise files.TrainError(f"{path} is truncated: its header promises more; {mends}")
         try:
             while len(block := file.read(math.ceil(seconds * rate), "float32", always_2d=True)):
-                if not np.isfinite(block).all():
-                    raise files.TrainError(f"{path} holds samples that are no numbers")
+                audio.check_finite(block, str(path))
                 yield block, rate
         except soundfile.SoundFileError as error:
             raise files.TrainError(
@@ -104,9 +103,15 @@ def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, dou
 
 def outputs_of(paths: list[Path], out: str | None, force: bool) -> list[list[Path]]:
     """What is written for each recording; raises before the work where something would be lost."""
+    places = [Path(out) if out else path.parent for path in paths]
+    stems = [(place / path.stem).resolve() for place, path in zip(places, paths, strict=True)]
+    names = [
+        path.name if stems.count(stem) > 1 else path.stem
+        for path, stem in zip(paths, stems, strict=True)
+    ]
     written = [
-        [(Path(out) if out else path.parent) / (path.stem + suffix) for suffix in SUFFIXES]
-        for path in paths
+        [place / (name + suffix) for suffix in SUFFIXES]
+        for place, name in zip(places, names, strict=True)
     ]
     seen: dict[Path, Path] = {}
     for path, outputs in zip(paths, written, strict=True):

@@ -24,6 +24,7 @@ NAMES = {
     **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
     **{f"student_{name}": arm.title for name, arm in ARMS.items()},
 }
+FILES = ("report.json", "report.md", "wer.png", "loss.png")
 
 
 class Score(NamedTuple):

@@ -12,8 +12,8 @@ import yaml
 # checks lists, and needs nothing but PyYAML
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from . import files
 from .arms import ARMS, TEACHERS
-from .files import write_bytes
 
 EPILOG = """
 Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
@@ -33,8 +33,11 @@ A teacher of your own (--teachers) is one of
 each with =WEIGHT after it where several shall not count the same.
 
 The same command with the same --out goes on where it was, whatever ended it; finished stages are
-used as they are. Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches
-are then shared out among them, the results those of one process.
+used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
+what does not depend on them is taken back.
+
+Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
+out among them, the results those of one process.
 """
 
 FRAMES = ("all", "nonblank", "neighbours", "threshold")
@@ -44,6 +47,15 @@ def option(default, help: str, **argument):
     """A field and its command-line option in one."""
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else None
     return field(**(kind or {"default": default}), metadata={"help": help, **argument})
+
+
+def names(value) -> list[str]:
+    """A list of words, or "A,B" as on the command line, in [] and quotes or not."""
+    if isinstance(value, str):
+        value = value.strip().removeprefix("[").removesuffix("]").split(",")
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise ValueError(f"expected names, e.g. alone,distilled, got {value!r}")
+    return [word for x in value if (word := x.strip(" \"'"))]
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Settings:
 
     arms: list[str] = option(
         ["alone", "distilled", "distilled_without_transcripts", "transcribed"],
-        f"students to train, [A,B,...] of {', '.join(ARMS)}",
+        f"students to train, A,B,... of {', '.join(ARMS)}",
         metavar="LIST",
     )
     teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
@@ -168,6 +180,9 @@ def _parser(mode: str):
         def _fill_text(self, text, width, indent):
             return "".join(indent + line for line in text.splitlines(keepends=True))
 
+        def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
+            return None
+
     parser = ArgumentParser(
         prog="python -m kdkernels.train",
         description="Train a teacher, a student alone and students distilled from the teacher; "
@@ -183,16 +198,16 @@ def _parser(mode: str):
         "--preset",
         choices=tuple(PRESETS),
         default="default",
-        help="default: about 10 minutes on two cores; quick: about 3; full: every arm, an hour or "
-        "more; the options below override it one by one",
+        help="default: about 10 minutes on two quiet cores; quick: about 3; full: "
+        "every arm, an hour or more; the options below override it one by one",
     )
     for setting in fields(Settings):
         details = dict(setting.metadata)
         if setting.type is bool:
             details["action"] = "store_true"
         elif "choices" not in details:
-            details["type"] = setting.type
             numeric = setting.type in (int, float)
+            details["type"] = names if setting.type == list[str] else setting.type
             details.setdefault("metavar", "N" if numeric else "NAME")
         default = getattr(Settings(), setting.name)
         parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **details)
@@ -246,7 +261,8 @@ def problem(settings: Settings) -> str | None:
         for word in getattr(settings, name):
             if word not in known:
                 flag = name.replace("_", "-")
-                return f"--{flag} must be of {', '.join(known)}, got {word}"
+                example = ",".join([*known][:2])
+                return f"--{flag} must be of {', '.join(known)}, e.g. {example}, got {word}"
     for needed in ("alone", "distilled"):
         if needed not in settings.arms:
             return f"--arms must have {needed}: the report compares with it"
@@ -273,8 +289,38 @@ def warnings(settings: Settings) -> list[str]:
 
 def save(settings: Settings, path: Path) -> None:
     """The resolved settings as a file that --config reads."""
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
+    files.write_bytes(path, yaml.safe_dump(vars(settings), sort_keys=False).encode())
+
+
+def read(path: Path) -> dict:
+    """What `save` wrote; {} where it cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# places, the pace of the work and of its copies: a result is the same under any of them
+NO_RESULT = ("out", "cache", "workers", "checkpoint_every", "keep", "tensorboard")
+
+
+def changes(old: dict, settings: Settings) -> list[str]:
+    """The settings on which results depend, where `old` has another value: "--seed 0 -> 1"."""
+
+    def shown(value) -> str:
+        return ",".join(value) if isinstance(value, list) else str(value) or "none"
+
+    return [
+        f"--{name.replace('_', '-')} {shown(old[name])} -> {shown(value)}"
+        for name, value in vars(settings).items()
+        if name not in NO_RESULT and name in old and old[name] != value
+    ]
+
+
+def digest(values: dict) -> str:
+    """Of the settings on which results depend."""
+    return files.digest({name: x for name, x in values.items() if name not in NO_RESULT})
 
 
 def with_seed(settings: Settings, seed: int) -> Settings:

@@ -64,10 +64,13 @@ class Recorded:
         """Yields (samples int16 [samples] at 16 kHz, text)."""
         for line in self.lines:
             if line.row is None:
-                samples = audio.read(Path(line.path), line.start, line.stop)
+                where = line.path
+                samples, rate = audio.decode(Path(line.path), line.start, line.stop)
             else:
-                samples = audio.mono(*open_table(line.path).audio(line.row))
-            yield samples, line.text
+                where = f"{line.path}, row {line.row}"
+                samples, rate = open_table(line.path).audio(line.row)
+            audio.check_finite(samples, where)
+            yield audio.mono(samples, rate), line.text
 
 
 class BadLineError(Exception):

@@ -29,6 +29,7 @@ from . import (
 )
 from .arms import ARMS, Arm
 from .console import progress, say
+from .folder import Folder
 from .settings import Settings
 
 
@@ -36,7 +37,7 @@ class Experiment(NamedTuple):
     """What every stage reads."""
 
     settings: Settings
-    out: Path
+    out: Folder
     cache: Path
     on: training.Machine
     corpora: data.Corpora
@@ -80,7 +81,7 @@ def train(
     weights it begins with, those that fit. `augment`, `score`: see `training.fit`; SpecAugment and
     the WER on dev unless given.
     """
-    settings, out, _, on, corpora = experiment
+    settings, folder, _, on, corpora = experiment
     torch.manual_seed(settings.seed)
     encoder = model.Encoder(*shape).to(on.device)
     if start:
@@ -100,6 +101,8 @@ def train(
     begun = start.sha256 if start else ""
     key = files.digest(facts, recipe, heard, made_from, corpora.dev.key, begun, processes.world())
 
+    processes.from_first(lambda: folder.claim(name, key))
+    out = folder.path
     path = out / f"{name}.safetensors"
     metrics = training.Metrics(out, name, key, settings.tensorboard)
     curve = metrics.read(steps)

@@ -14,6 +14,16 @@ import numpy as np
 from . import audio, captions, files, recognise
 
 BLOCK = 0.1  # seconds
+FORMATS = {  # what a stream begins with that is neither samples nor wav
+    b"fLaC": "flac",
+    b"OggS": "ogg",
+    b"ID3": "mp3",
+    b"FORM": "aiff",
+    b"caff": "caf",
+    b".snd": "au",
+    b"RF64": "rf64",
+    b"\x1aE\xdf\xa3": "matroska or webm",
+}
 
 
 class _Rewound:
@@ -27,18 +37,34 @@ class _Rewound:
         return head + self._rest.read(size - len(head)) if len(head) < size else head
 
 
+def _format(head: bytes) -> str | None:
+    """Of the stream that begins with these 8 bytes; None of samples and of wav."""
+    if head[4:] == b"ftyp":
+        return "mp4"
+    if len(head) > 2 and head[0] == 0xFF and head[1] in b"\xe2\xe3\xf2\xf3\xfa\xfb":
+        # a frame of layer III, if its bit rate and its sample rate exist
+        exist = 0x10 <= head[2] < 0xF0 and head[2] & 0x0C != 0x0C
+        return "mp3" if exist else None
+    return next((name for magic, name in FORMATS.items() if head.startswith(magic)), None)
+
+
 def blocks(
     stream: BinaryIO, rate: int, channels: int, seconds: float = BLOCK
 ) -> tuple[int, Iterator[np.ndarray]]:
     """(rate, float32 [samples, channels] blocks) of raw 16-bit samples, or of wav, which says so.
 
     Raises:
-        TrainError: a wav stream that is not 16-bit PCM.
+        TrainError: a wav stream that is not 16-bit PCM, or a stream of another format.
     """
-    head = stream.read(4)
+    head = stream.read(8)
+    if other := _format(head):
+        raise files.TrainError(
+            f"the stream is {other}, expected raw 16-bit samples or wav, e.g. of `ffmpeg -i FILE "
+            "-f wav -`; a file is read as it is: give its name in place of --stream"
+        )
     source = _Rewound(head, stream)
     read = source.read
-    if head == b"RIFF":
+    if head.startswith(b"RIFF"):
         try:
             opened = wave.open(source)  # noqa: SIM115
         except (wave.Error, EOFError) as error:

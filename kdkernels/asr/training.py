@@ -92,7 +92,9 @@ class Checkpoints:
             state |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
         name = f"step-{facts['step']:08}.safetensors"
         files.save_tensors(self.folder / name, state, self.key, **facts)
-        for path in sorted(self.folder.glob("step-*.safetensors"))[: -self.keep]:
+        # one of a later step could not be read, or this training would have begun there
+        whole = sorted(p for p in self.folder.glob("step-*.safetensors") if p.name <= name)
+        for path in set(self.folder.glob("step-*.safetensors")) - set(whole[-self.keep :]):
             path.unlink()
 
     def save_best(self, model: Encoder, facts: dict) -> None:

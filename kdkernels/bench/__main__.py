@@ -21,11 +21,11 @@ from .accuracy import accuracy
 from .machine import describe
 from .rows import measure_rows
 from .scaling import scaling, training_step
-from .shapes import OPS
+from .shapes import OPS, select
 from .timing import copy_bandwidth
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -49,7 +49,10 @@ def parse() -> argparse.Namespace:
     p.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
     p.add_argument("--json", type=Path, help="write the results here too")
     p.add_argument("--out", type=Path, default=Path("kdkernels-bench"), help="folder of the report")
-    args = p.parse_args()
+    args = p.parse_args(arguments)
+    if not select(args.op, args.tiny, args.shape):
+        labels = ", ".join(dict.fromkeys(s.label for s in select(args.op, args.tiny)))
+        p.error(f"--shape: no row has {args.shape!r}; there are {labels}")
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole
     if args.seconds is None:

@@ -1,5 +1,7 @@
 """A result as text: pure functions from what `python -m kdkernels.bench --json` writes."""
 
+from statistics import median
+
 # Logit tensors that a step must read or write, and what they are.
 MOVES = {
     "kd_loss": (3, "student and teacher are read, the gradient is written"),
@@ -83,8 +85,37 @@ def times_table(result: dict) -> str:
     return table([*head, "of copy", "peak memory", "eager's peak"], rows)
 
 
+def headline(results: list[dict]) -> str:
+    """What stands at the head of the README: what each operator gains, least to most."""
+    parts = []
+    for result in results:
+        rows = []
+        for op in dict.fromkeys(row["op"] for row in result["rows"]):
+            of_op = [row for row in result["rows"] if row["op"] == op and "eager" in row["ratios"]]
+            faster = sorted(row["ratios"]["eager"]["value"] for row in of_op)
+            peaks = [row.get("peak_memory") or {} for row in of_op]
+            less = sorted(p["eager"] / p["ours"] for p in peaks if {"eager", "ours"} <= p.keys())
+            if faster:
+                rows.append([f"`{op}`", extent(faster), extent(less)])
+        m = result["machine"]
+        parts += [
+            f"Against eager torch, forward and backward, on {m.get('gpu') or m['cpu']}, "
+            f"{result['threads']} threads, over shapes from a single utterance to large batches:",
+            table(["op", "times as fast", "times less memory"], rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def extent(ranked: list[float]) -> str:
+    """Least to greatest, and the median."""
+    if not ranked:
+        return ""
+    ends = f"{times_as_fast(ranked[0])} to {times_as_fast(ranked[-1])}"
+    return f"{ends}, median {times_as_fast(median(ranked))}"
+
+
 def readme_section(results: list[dict]) -> str:
-    """What stands in the README."""
+    """What stands in the README under "Speed and memory"."""
     parts = []
     for result in results:
         parts += [

@@ -1,4 +1,4 @@
-"""Puts results into the README, between its two `speed` markers, and into docs/.
+"""Puts results into the README, between its markers, and into docs/.
 
 python -m kdkernels.bench.report benchmarks/results/*.json [--root .]
 """
@@ -10,16 +10,21 @@ from pathlib import Path
 
 from . import markdown, plots
 
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+README = {"figures": markdown.headline, "speed": markdown.readme_section}
 PAGE = "benchmarks.md"
 
 
-def with_section(readme: str, section: str) -> str:
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_section(readme: str, name: str, section: str) -> str:
+    begin, end = markers(name)
     text, n = re.subn(
-        f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section}\n{END}", readme, flags=re.S
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{section}\n{end}", readme, flags=re.S
     )
     if n != 1:
-        raise SystemExit(f"README.md: expected one pair of {BEGIN} and {END}, found {n}")
+        raise SystemExit(f"README.md: expected one pair of {begin} and {end}, found {n}")
     return text
 
 
@@ -30,7 +35,10 @@ def main():
     args = p.parse_args()
     results = [json.loads(path.read_text()) for path in args.json]
     readme, docs = args.root / "README.md", args.root / "docs"
-    readme.write_text(with_section(readme.read_text(), markdown.readme_section(results)))
+    text = readme.read_text()
+    for name, section in README.items():
+        text = with_section(text, name, section(results))
+    readme.write_text(text)
     docs.mkdir(exist_ok=True)
     for old in docs.glob("benchmark-*.png"):
         old.unlink()

@@ -13,9 +13,7 @@ LOOP_ELEMENTS = 2**23  # logits of more would hide the loss behind the layer
 
 def measure_rows(args, bandwidth: float) -> list[dict]:
     rows = []
-    for shape in select(args.op, args.tiny):
-        if (args.shape or "") not in shape.label:
-            continue
+    for shape in select(args.op, args.tiny, args.shape):
         row = measure_row(shape, args)
         row["share_of_copy_bandwidth"] = row["gigabytes_per_second"] * 1e9 / bandwidth
         print(markdown.row_text(row), flush=True)

@@ -85,6 +85,7 @@ TINY = [
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_align")
 
 
-def select(op: str | None = None, tiny: bool = False) -> list[Shape]:
-    """The rows of one operator, or of all."""
-    return [s for s in (TINY if tiny else SHAPES) if op in (None, s.op)]
+def select(op: str | None = None, tiny: bool = False, sizes: str | None = None) -> list[Shape]:
+    """The rows of one operator, or of all; only those whose label contains `sizes`."""
+    rows = TINY if tiny else SHAPES
+    return [s for s in rows if op in (None, s.op) and (sizes or "") in s.label]

@@ -1,0 +1,102 @@
+"""The folder of a run, OUT: what this run makes, and nothing of a run with other settings or data.
+
+What another left is set aside whole, in a folder of OUT/previous, before anything new is begun. A
+stage takes back from there what was made from exactly the same things: its files carry a key.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from . import files, report, settings
+from .console import warn
+
+STAGES = ("ssl", *report.NAMES)
+
+
+def _of(stage: str) -> list[str]:
+    """What a stage may write into OUT."""
+    return [
+        f"{stage}.safetensors",
+        f"{stage}.jsonl",
+        f"checkpoints/{stage}",
+        f"tensorboard/{stage}",
+    ]
+
+
+def _keys(path: Path) -> set[str]:
+    """Of what the readable files at `path`, a file or a folder of them, were made from."""
+    if path.is_dir():
+        return set().union(*map(_keys, path.glob("*.safetensors")))
+    if path.suffix == ".safetensors":
+        return {files.load_header(path).get("key")} - {None}
+    try:
+        return {json.loads(line)["key"] for line in path.read_text().splitlines()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+class Folder:
+    def __init__(self, path: Path, chosen: settings.Settings):
+        self.path, self._settings = path, chosen
+        self._own: set[str] = set()  # stages whose files are this run's
+
+    def begin(self) -> None:
+        """Sets aside what a run with other settings left; writes OUT/settings.yaml."""
+        written = self.path / "settings.yaml"
+        old = settings.read(written)
+        changed = settings.changes(old, self._settings)
+        if changed and (aside := self._set_aside(settings.digest(old))):
+            os.replace(written, aside / written.name)
+            warn(
+                f"{self.path} held a run with other settings ({', '.join(changed)}): it is "
+                f"set aside in {aside}, and what does not depend on them is taken back"
+            )
+        settings.save(self._settings, written)
+
+    def claim(self, stage: str, key: str) -> None:
+        """Leaves of a stage's files those made under this key; to be called before it begins."""
+        if set().union(*(_keys(self.path / part) for part in _of(stage))) - {key}:
+            aside = self._set_aside(settings.digest(vars(self._settings)))
+            warn(
+                f"{self.path} held {stage}, made from other data or by another version: it is set "
+                f"aside in {aside}, with what came after it"
+            )
+        for run in sorted((self.path / "previous").glob("*")):
+            found = [part for part in _of(stage) if (run / part).exists()]
+            if {key} == set().union(*(_keys(run / part) for part in found)):
+                for part in found:
+                    if not (self.path / part).exists():
+                        _move(run / part, self.path / part)
+        self._own.add(stage)
+
+    def _set_aside(self, name: str) -> Path | None:
+        """Moves what is not this run's to OUT/previous/NAME; None where there is nothing."""
+        aside = self.path / "previous" / name[:8]
+        teachers = {
+            Path(spec.rpartition("=")[0] or spec).resolve() for spec in self._settings.teachers
+        }
+        parts = [part for stage in STAGES if stage not in self._own for part in _of(stage)]
+        there = [
+            part
+            for part in (*parts, *report.FILES)
+            if (self.path / part).exists() and (self.path / part).resolve() not in teachers
+        ]
+        for part in there:
+            _move(self.path / part, aside / part)
+        return aside if there else None
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames, in the place of what is there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(source, target)
+    except OSError as error:
+        raise files.TrainError(
+            f"cannot move {source} to {target}: {error.strerror or error}; mend that and run the "
+            "same command again"
+        ) from error

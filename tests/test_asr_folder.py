@@ -1,0 +1,122 @@
+"""One folder, one run: what another run left there is set aside, and is not lost."""
+
+import shutil
+
+import pytest
+import torch
+from test_train import TINY
+
+from kdkernels import train
+from kdkernels.asr import batches, files
+from kdkernels.asr.folder import Folder
+from kdkernels.asr.report import FILES
+from kdkernels.asr.settings import Settings, save
+from kdkernels.asr.training import Checkpoints
+
+COMMAND = [*TINY, "--arms=alone,distilled"]
+RESULTS = {"teacher.safetensors", "student_alone.safetensors", "student_distilled.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert train.main([*COMMAND, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that were drawn, of all trainings."""
+    drawn = []
+    draw = batches.Sampler.__call__
+
+    def noted(self, step):
+        drawn.append(step)
+        return draw(self, step)
+
+    monkeypatch.setattr(batches.Sampler, "__call__", noted)
+    return drawn
+
+
+def interrupt(monkeypatch, at):
+    """As by Ctrl-C, when the step `at` is drawn."""
+
+    def pressed(self, step, draw=batches.Sampler.__call__):
+        if step == at:
+            raise KeyboardInterrupt
+        return draw(self, step)
+
+    monkeypatch.setattr(batches.Sampler, "__call__", pressed)
+
+
+def test_a_longer_run_in_the_same_folder(finished, tmp_path, capsys, monkeypatch, steps):
+    """Interrupted before it has come as far as the one before it, it goes on where it was."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {name: (out / name).read_bytes() for name in RESULTS}
+    longer = [*COMMAND, "--out", str(out), "--teacher-steps=6", "--keep=1"]
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        interrupt(patched, at=3)
+        assert train.main(longer) == 130
+    warning, stopped = capsys.readouterr().err.splitlines()
+    assert warning.startswith(
+        f"warning: {out} held a run with other settings (--teacher-steps 4 -> 6): it is set aside"
+    )
+    assert stopped == "stopped: the same command goes on from the last checkpoint"
+    names = {path.name for path in (out / "checkpoints" / "teacher").iterdir()}
+    assert names == {"best.safetensors", "step-00000003.safetensors"}
+    assert not {path.name for path in out.iterdir()} & (RESULTS | set(FILES))
+    (aside,) = (out / "previous").iterdir()
+    assert {path.name for path in aside.iterdir()} >= RESULTS | set(FILES) | {"settings.yaml"}
+
+    steps.clear()
+    assert train.main(longer) == 0
+    assert capsys.readouterr().err == ""
+    assert steps[:4] == [3, 4, 5, 0]  # the rest of the teacher; then a student
+    assert (out / "teacher.safetensors").read_bytes() != before["teacher.safetensors"]
+    assert (out / "report.md").exists()
+
+    steps.clear()
+    assert train.main([*COMMAND, "--out", str(out)]) == 0
+    assert "(--teacher-steps 6 -> 4)" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in RESULTS} == before
+    assert steps == [0]  # the batch whose loss is timed
+
+
+def test_other_data_under_the_same_settings(tmp_path, capsys):
+    chosen = Settings(out=str(tmp_path))
+    save(chosen, tmp_path / "settings.yaml")
+    for name in ("teacher", "student_alone", "student_distilled"):
+        files.save_tensors(tmp_path / f"{name}.safetensors", {"x": torch.ones(1)}, name)
+    files.save_tensors(tmp_path / "mine.safetensors", {"x": torch.ones(1)}, "no stage's")
+    folder = Folder(tmp_path, chosen)
+    folder.begin()
+    assert capsys.readouterr().err == ""
+    folder.claim("teacher", "teacher")
+    folder.claim("student_distilled", "of other data")
+    assert "held student_distilled, made from other data" in capsys.readouterr().err
+    left = {"teacher.safetensors", "mine.safetensors"}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == left
+    folder.claim("student_alone", "student_alone")
+    left.add("student_alone.safetensors")
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == left
+
+
+def test_a_teacher_that_lies_in_the_folder_stays_there(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    files.save_tensors(path, {"x": torch.ones(1)}, "another run's")
+    save(Settings(), tmp_path / "settings.yaml")
+    Folder(tmp_path, Settings(seed=1, teachers=[f"{path}=2"])).begin()
+    assert path.exists()
+
+
+def test_a_checkpoint_of_a_later_step_is_not_kept_instead_of_a_new_one(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    (tmp_path / "step-00000099.safetensors").write_bytes(b"broken")
+    for step in (1, 2, 3):
+        Checkpoints(tmp_path, "key", 2).save(
+            model, torch.optim.AdamW(model.parameters()), {"step": step}
+        )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000002.safetensors", "step-00000003.safetensors"]

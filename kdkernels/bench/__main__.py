@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--seconds",
         type=float,
-        help="of a row: who is slow sits rounds out; 2 where all is measured",
+        help="of a row: who is slow sits rounds out; 1.4 where all is measured",
     )
     p.add_argument("--backend", help="backend of this package")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole
     if args.seconds is None:
-        args.seconds = 2.0 if args.whole else float("inf")
+        args.seconds = 1.4 if args.whole else float("inf")
     return args
 
 

@@ -22,7 +22,6 @@ def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = Fa
     MIN_ROUNDS; the first, which the others are compared with, runs in all. With `cold` the caches
     are emptied before every step.
     """
-    settle_allocator()
     flush = torch.empty(64 * 2**20, dtype=torch.uint8) if cold else None
     calls = {name: calls_a_turn(step) for name, step in steps.items()}
     if cold:
@@ -57,15 +56,6 @@ def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = Fa
     finally:
         gc.enable()
     return times
-
-
-def settle_allocator() -> None:
-    """Have glibc keep what is freed, as it does in any process that has trained for a while.
-
-    Until a block of some size was freed, memory above that size goes back to the system: a small
-    gradient would fault its pages in at every step, or not, by chance. 32 MiB is the limit.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def calls_a_turn(step) -> int:

@@ -322,12 +322,13 @@ def scaling(result: dict) -> str:
 
 
 def training_step(result: dict) -> str:
+    def of(r, name):
+        share = r["share"][name]
+        loss = f"loss {share:.0%}" if share > 0 else "loss less than the noise"
+        return f"{time(r['seconds'][name])}, {loss}"
+
     rows = [
-        [
-            r["shape"],
-            f"{r['parameters'] / 1e6:.2f} M",
-            *(f"{time(r['seconds'][n])}, loss {r['share'][n]:.0%}" for n in ("ours", "eager")),
-        ]
+        [r["shape"], f"{r['parameters'] / 1e6:.2f} M", of(r, "ours"), of(r, "eager")]
         for r in result.get("training_step", [])
     ]
     return rows and (

@@ -27,10 +27,17 @@ KDKERNELS_INLINE float factor(const KLRows& rows, int r, KLScales scale) {
   return float(rows.factor[r]) * scale.q;
 }
 
-// d0, in units of the logits where there is one temperature.
+struct Maxima {
+  float p[kMaxRows], q[kMaxRows];  // the largest logits of each row
+};
+
+// d0, in units of the logits where there is one temperature; else from the logits less their
+// maxima, which may be much larger than what is left.
 template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 logit_difference(VecF32 p, VecF32 q, KLScales scale) {
+KDKERNELS_INLINE VecF32 logit_difference(VecF32 p, VecF32 q, KLScales scale, float p_max,
+                                         float q_max) {
   if constexpr (kSameTemperature) return p - q;
+  p -= p_max, q -= q_max;
   const VecF32 d = p * (scale.p - scale.q) + (p - q) * scale.q;
   return p > -std::numeric_limits<float>::infinity() ? d : p - q;
 }
@@ -38,21 +45,18 @@ KDKERNELS_INLINE VecF32 logit_difference(VecF32 p, VecF32 q, KLScales scale) {
 // d0 - c; 0 for a class that is masked in both. The rounding of p - q is carried along, since the
 // logits may differ by a constant much larger than what is left of d0.
 template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, KLScales scale, float reference) {
+KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, KLScales scale, float p_max,
+                                        float q_max, float reference) {
   VecF32 d;
   if constexpr (kSameTemperature) {
     const VecF32 difference = p - q, minus_q = difference - p;
     const VecF32 lost = (p - (difference - minus_q)) - (q + minus_q);
     d = ((difference - reference) + lost) * scale.p;
   } else {
-    d = logit_difference<kSameTemperature>(p, q, scale) - reference;
+    d = logit_difference<kSameTemperature>(p, q, scale, p_max, q_max) - reference;
   }
   return d == d ? d : VecF32{};
 }
-
-struct Maxima {
-  float p[kMaxRows], q[kMaxRows];  // the largest logits of each row
-};
 
 // Rows number `index[0..n)` of the block, all of them near; `reference`: c of each.
 template <bool kSameTemperature>
@@ -64,13 +68,14 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
     VecF32 sums[kMaxRows], changes[kMaxRows];
     for (int i = 0; i < n; i++) {
       const float *const teacher = rows.teacher[index[i]], *const student = rows.student[index[i]];
+      const float p_max = largest.p[index[i]], q_max = largest.q[index[i]];
       float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-        const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]);
-        const VecF32 e = exp<float>(p - largest.p[index[i]], scale.p);
+        const VecF32 d = near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]);
+        const VecF32 e = exp<float>(p - p_max, scale.p);
         row_sum += e;
         row_change += e * (expm1_plus<float>(d) - d);
         store_n(exps + c, e, lanes);
@@ -88,13 +93,15 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
     for (int i = 0; i < n; i++) {
       const int r = index[i];
       const float *const teacher = rows.teacher[r], *const student = rows.student[r];
+      const float p_max = largest.p[r], q_max = largest.q[r];
       const float* const exps = scratch + 2 * r * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-        const VecF32 d = near_difference<kSameTemperature>(p, q, scale, reference[i]) + row_shift;
+        const VecF32 d =
+            near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
         if (rows.grad_student[r])
@@ -152,8 +159,8 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
         const VecF32 q = load_n(rows.student[row] + c, lanes, -kInf) - q_max;
         const VecF32 d = close_difference<kSameTemperature>(p, q, scale) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
-        const VecF32 plus = expm1_plus<float>(d);
-        const auto close = abs<float>(d) < 0.25f;
+        const VecF32 plus = wide_expm1_plus(d);
+        const auto close = abs<float>(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
@@ -279,7 +286,7 @@ Way way_of(const float* teacher, const float* student, int64_t C, KLScales scale
   VecI32 nan{};
   for_each_vector<float>(C, [&](int64_t c, int lanes) {
     const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-    const VecF32 d = logit_difference<kSameTemperature>(p, q, scale);
+    const VecF32 d = logit_difference<kSameTemperature>(p, q, scale, p_max, q_max);
     nan |= (p != p) | (q != q);
     d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
     d_low = min(d, d_low);

@@ -52,6 +52,9 @@ struct Simd<float> {
                                     0.0013264725f};
   // (exp(x) - 1 - x) / x^2 on |x| <= 1/4, Taylor; error 4e-9.
   static constexpr double kExpm1[] = {1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040};
+  // The same on |x| <= 1; relative error 5e-8.
+  static constexpr double kWideExpm1[] = {1. / 2,    1. / 6,     1. / 24,     1. / 120,    1. / 720,
+                                          1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800};
 };
 
 template <>

@@ -157,6 +157,11 @@ KDKERNELS_INLINE Vec<Float> expm1_plus(Vec<Float> x) {
   return x * x * polynomial<Float>(-x, Simd<Float>::kExpm1);
 }
 
+// The same for |x| <= 1.
+KDKERNELS_INLINE VecF32 wide_expm1_plus(VecF32 x) {
+  return x * x * polynomial<float>(-x, Simd<float>::kWideExpm1);
+}
+
 // 2 artanh(r) / r for |r| < 0.18, relative error 1e-17.
 KDKERNELS_INLINE VecF64 artanh_ratio(VecF64 r) {
   const VecF64 square = r * r;

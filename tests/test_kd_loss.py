@@ -104,6 +104,26 @@ def test_large_logits(on, scale, divergence):
     check(on, s, t, torch.float32, divergence=divergence, reduction="none", largest=1.0)
 
 
+@pytest.mark.parametrize("teacher_temperature", [None, 1.5])
+@pytest.mark.parametrize("C", [3, 8])
+def test_logits_that_differ_by_a_constant(on, C, teacher_temperature):
+    s, t = randn(40, C, seed=12).float(), (randn(40, C, seed=13) + 1000).float()
+    options = {"temperature": 3.7, "teacher_temperature": teacher_temperature}
+    check(on, s, t, torch.float32, reduction="sum", **options)
+    x, y = on.leaf(s[:, :1]), t[:, :1].to(on.device)
+    loss = on.kd_loss(x, y, **options)
+    loss.backward()
+    assert 0 <= loss < 1e-20
+    assert x.grad.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("C", [2, 5])
+def test_each_row_of_few_classes(on, C):
+    """Rows between those that are near and those that are far."""
+    s, t = (randn(300, C, seed=C + k, scale=0.7).float() for k in (14, 15))
+    check(on, s, t, torch.float32, reduction="none", temperature=2.0)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_far_apart(on, divergence):
     """The teacher certain of one class, the student of another."""

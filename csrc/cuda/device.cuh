@@ -353,11 +353,13 @@ KDKERNELS_DEVICE Real horner(Real x, const double (&k)[n]) {
   return y;
 }
 
-// expm1(-x) + x for |x| <= 1/4: never negative.
+// expm1(-x) + x for |x| <= 1: never negative.
 KDKERNELS_DEVICE float expm1_plus(float x) {
-  constexpr double k[] = {1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040};
+  constexpr double k[] = {1. / 2,    1. / 6,     1. / 24,     1. / 120,    1. / 720,
+                          1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800};
   return x * x * horner(-x, k);
 }
+// The same for |x| <= 1/4.
 KDKERNELS_DEVICE double expm1_plus(double x) {
   constexpr double k[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
                           1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,

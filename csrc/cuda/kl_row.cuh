@@ -36,23 +36,31 @@ KDKERNELS_DEVICE float logit_difference(float p, float q, const KLScales& scale)
   return p > -kInfinity ? d : p - q;
 }
 
-// d0 - reference; 0 for a class that is masked in both. The rounding of p - q is carried along,
-// since the logits may differ by a constant much larger than what is left of d0.
-KDKERNELS_DEVICE float near_difference(float p, float q, const KLScales& scale, float reference) {
+// d0 from the logits less their maxima: what is rounded is small wherever the probability is not.
+KDKERNELS_DEVICE float far_difference(float p, float q, const KLScales& scale) {
+  return scale.same ? (p - q) * scale.p : p * scale.p - q * scale.q;
+}
+
+// d0 - reference; 0 for a class that is masked in both. The logits may differ by a constant much
+// larger than what is left of d0: the rounding of p - q is carried along, or, where there are two
+// temperatures, both are taken from their maxima, and so is the reference.
+KDKERNELS_DEVICE float near_difference(float p, float q, const KLScales& scale,
+                                       const KLStatistics& s, float reference) {
   float d;
   if (scale.same) {
     const float difference = p - q, minus_q = difference - p;
     const float lost = (p - (difference - minus_q)) - (q + minus_q);
     d = ((difference - reference) + lost) * scale.p;
   } else {
-    d = logit_difference(p, q, scale) - reference;
+    d = far_difference(p - s.p_max, q - s.q_max, scale) - reference;
   }
   return d == d ? d : 0.0f;
 }
 
-// d0 from the logits less their maxima: what is rounded is small wherever the probability is not.
-KDKERNELS_DEVICE float far_difference(float p, float q, const KLScales& scale) {
-  return scale.same ? (p - q) * scale.p : p * scale.p - q * scale.q;
+// The middle of d0, as near_difference takes it; any number close to it will do.
+KDKERNELS_DEVICE float near_reference(const KLScales& scale, const KLStatistics& s) {
+  const float middle = s.d_min + (s.d_max - s.d_min) / 2;
+  return scale.same ? middle : middle - (s.p_max * scale.p - s.q_max * scale.q);
 }
 
 // A row in the registers of its group, K classes a thread, and their exponentials.
@@ -272,13 +280,13 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
   }
 
   // The normalisers of the ways that need more, all made together: one of them is used.
-  const float reference = near ? s.d_min + (s.d_max - s.d_min) / 2 : 0.0f;
+  const float reference = near ? near_reference(scale, s) : 0.0f;
   double sums[5] = {0, 0, 0, 0, 0};
   if (near) {
     float change = 0;
     row.template map<true, false>(scale, s, static_cast<T*>(nullptr),
                                   [&](float p, float q, float p_exp, float) {
-                                    const float d = near_difference(p, q, scale, reference);
+                                    const float d = near_difference(p, q, scale, s, reference);
                                     change += p_exp * (expm1_plus(d) - d);
                                     return 0.0f;
                                   });
@@ -307,7 +315,7 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
   const float p_factor = float(1 / (1 + p_rest)), q_factor = float(1 / (1 + q_rest));
   const float close_shift = close ? float(log1p(q_rest) - log1p(p_rest)) : 0.0f;
   const auto near_change = [&](float p, float q, float p_exp, float) {
-    const float d = near_difference(p, q, scale, reference) + near_shift;
+    const float d = near_difference(p, q, scale, s, reference) + near_shift;
     const float prob = p_exp * near_factor, plus = expm1_plus(d);
     row_kl += prob * plus;
     return prob * (plus - d);
@@ -316,7 +324,7 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
     const float d = far_difference(p - s.p_max, q - s.q_max, scale) + close_shift;
     const float prob = p_exp * p_factor, plus = expm1_plus(d);
     float change = q_exp * q_factor - prob;
-    const bool small = fabsf(d) < 0.25f;
+    const bool small = fabsf(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
     change = small ? prob * (plus - d) : change;
     row_kl += small ? prob * plus : change + (prob > 0 ? prob * d : 0.0f);
     return change;

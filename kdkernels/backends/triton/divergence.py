@@ -44,9 +44,12 @@ def load_tile(rows, columns, used, C, FLOAT: tl.constexpr):
 
 @triton.jit
 def expm1_plus(d):
-    """expm1(-d) + d for |d| <= 1/4: never negative, relative error 1e-7."""
+    """expm1(-d) + d for |d| <= 1: never negative, relative error 1e-7."""
     x = -d
-    y = x * (1.0 / 5040) + 1.0 / 720
+    y = x * (1.0 / 3628800) + 1.0 / 362880
+    y = y * x + 1.0 / 40320
+    y = y * x + 1.0 / 5040
+    y = y * x + 1.0 / 720
     y = y * x + 1.0 / 120
     y = y * x + 1.0 / 24
     y = y * x + 1.0 / 6
@@ -124,33 +127,42 @@ def kl_near(state, t_scale, SAME: tl.constexpr):
 
 
 @triton.jit
-def difference_from(reference, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
-    """d0 - reference; 0 for a class that is masked in both. The rounding of the difference is
-    carried along, since the logits may differ by a constant much larger than what is left."""
-    d = logit_difference(teacher, student, t_scale, s_scale, SAME)
+def near_difference(
+    reference, t_max, s_max, teacher, student, t_scale, s_scale, SAME: tl.constexpr
+):
+    """d0 - reference; 0 for a class that is masked in both. The logits may differ by a constant
+    much larger than what is left: the rounding of the difference is carried along, or, where there
+    are two temperatures, both are taken from their maxima, and so is the reference."""
     if SAME:
+        d = teacher - student
         minus_s = d - teacher
         lost = (teacher - (d - minus_s)) - (student + minus_s)
         d = tl.where(tl.abs(d) < INF, (d - reference) + lost, d) * t_scale
     else:
-        d -= reference
+        d = (teacher - t_max) * t_scale - (student - s_max) * s_scale - reference
     return tl.where((teacher == -INF) & (student == -INF), 0.0, d)
 
 
 @triton.jit
-def middle(state):
-    return state[5] + (state[4] - state[5]) * 0.5
+def near_reference(state, t_scale, s_scale, SAME: tl.constexpr):
+    """The middle of d0, as near_difference takes it; any number close to it will do."""
+    middle = state[5] + (state[4] - state[5]) * 0.5
+    if SAME:
+        return middle
+    return middle - (state[0] * t_scale - state[2] * s_scale)
 
 
 @triton.jit
 def kl_change(state, t_exp, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
     """sum e expm1(-(d0 - reference)) of a tile, e the teacher's exponentials."""
-    u = difference_from(middle(state), teacher, student, t_scale, s_scale, SAME)
+    reference = near_reference(state, t_scale, s_scale, SAME)
+    t_max, s_max = state[0], state[2]
+    u = near_difference(reference, t_max, s_max, teacher, student, t_scale, s_scale, SAME)
     return row_sum(t_exp * (expm1_plus(u) - u))
 
 
 @triton.jit
-def kl_end(state, change, t_scale, SAME: tl.constexpr):
+def kl_end(state, change, t_scale, s_scale, SAME: tl.constexpr):
     """What the gradient needs to know of a row."""
     t_max, t_rest, s_max, s_rest, _, _ = state
     t_rest = softmax_end(t_max, t_rest)
@@ -162,7 +174,7 @@ def kl_end(state, change, t_scale, SAME: tl.constexpr):
     excess = tl.where(more, (s_rest - t_rest) * t_inverse, (t_rest - s_rest) * s_inverse)
     shift = log1p_float32(tl.where(near, change * t_inverse, excess))
     shift = tl.where(near | more, shift, -shift)
-    reference = tl.where(near, middle(state), t_max - s_max)
+    reference = near_reference(state, t_scale, s_scale, SAME)
     return t_max, t_inverse, s_max, s_inverse, near, reference, shift
 
 
@@ -178,12 +190,15 @@ def kl_terms(row, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
 def kl_terms_of(row, t_exp, s_exp, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
     t_max, t_inverse, s_max, s_inverse, near, reference, shift = row
     p, q = t_exp * t_inverse, s_exp * s_inverse
-    d = difference_from(reference, teacher, student, t_scale, s_scale, SAME)
-    if not SAME:
-        d = tl.where(near, d, (teacher - t_max) * t_scale - (student - s_max) * s_scale)
+    reference = tl.where(near, reference, 0.0)
+    rest_t, rest_s = teacher, student
+    if SAME:  # less the maxima where the row is not near: then what is rounded is small
+        rest_t -= tl.where(near, 0.0, t_max)
+        rest_s -= tl.where(near, 0.0, s_max)
+    d = near_difference(reference, t_max, s_max, rest_t, rest_s, t_scale, s_scale, SAME)
     d += shift
     plus = expm1_plus(d)
-    close = near | (tl.abs(d) < 0.25)
+    close = near | (tl.abs(d) < 1)  # beyond, q - p + p d loses a few bits at most
     change = tl.where(close, p * (plus - d), q - p)
     term = tl.where(close, p * plus, change + tl.where(p > 0, p * d, 0.0))
     term = tl.where((teacher == -INF) & (student == -INF), p * 0, term)
@@ -216,7 +231,7 @@ def kl_row(
             student = load_tile(student_rows, c + columns, used, C, tl.float32)
             t_exp = exp_scaled(teacher - state[0], t_scale, tl.float32)
             change += kl_change(state, t_exp, teacher, student, t_scale, s_scale, SAME)
-    return kl_end(state, change, t_scale, SAME)
+    return kl_end(state, change, t_scale, s_scale, SAME)
 
 
 # ----------------------------------------------------------------------- every divergence, float64

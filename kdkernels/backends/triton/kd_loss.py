@@ -122,7 +122,7 @@ def kd_loss_kernel(
             change = tl.zeros([ROWS, 1], tl.float32)
             if tl.max((kl_near(state, ts, SAME) & used).to(tl.int32)) > 0:
                 change = kl_change(state, t_exp, teacher, student, ts, ss, SAME)
-            row = kl_end(state, change, ts, SAME)
+            row = kl_end(state, change, ts, ss, SAME)
             term, grad = kl_terms_of(row, t_exp, s_exp, teacher, student, ts, ss, SAME)
             loss = row_sum(term).to(tl.float64)
             if STUDENT_GRAD:

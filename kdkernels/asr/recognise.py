@@ -65,9 +65,14 @@ def load(path: Path) -> Recogniser:
     """
     file = path / STANDARD if path.is_dir() else path
     if not file.is_file():
+        seeds = sorted(path.glob(f"seed-*/{STANDARD}"))
         raise TrainError(
-            f"there is no model {file}; give a folder or a .safetensors that "
-            "`python -m kdkernels.train` wrote"
+            f"there is no model {file}; give "
+            + (
+                f"the folder of one seed, such as {seeds[0].parent}"
+                if seeds
+                else "a folder or a .safetensors that `python -m kdkernels.train` wrote"
+            )
         )
     try:
         with safetensors.safe_open(file, "pt") as opened:

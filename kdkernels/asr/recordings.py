@@ -26,12 +26,14 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
     Raises:
         TrainError: it cannot be read, to its end.
     """
+    if not path.is_file():
+        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        raise files.TrainError(f"{path} cannot be read as audio: {reason}")
     mends = f"`ffmpeg -i {path} whole.wav` may mend it"
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError) as error:
-        reason = "there is no such file" if not path.exists() else error
-        raise files.TrainError(f"{path} cannot be read as audio ({reason}); {mends}") from error
+        raise files.TrainError(f"{path} cannot be read as audio ({error}); {mends}") from error
     with file:
         rate = file.samplerate
         if not audio.RATES[0] <= rate <= audio.RATES[1]:

@@ -1,6 +1,7 @@
 """report.json, with everything that was measured, and report.md, which anyone reads in a minute."""
 
 import json
+import math
 import platform
 import statistics
 from dataclasses import asdict
@@ -114,19 +115,21 @@ def over_seeds(results: list[dict]) -> dict:
     def mean(table: str, name: str) -> float:
         return statistics.fmean(r[table][name] for r in results)
 
-    def interval(values: list[float], intervals: list[list[float]]) -> list[float]:
+    def interval(values, intervals, lowest: float = -math.inf) -> list[float]:
         middle, n = statistics.fmean(values), len(values)
         within = statistics.fmean(high - low for low, high in intervals) / 2 / n**0.5
         t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.57)
         half = max(within, t * statistics.stdev(values) / n**0.5)
-        return [middle - half, middle + half]
+        return [max(middle - half, lowest), middle + half]
 
     for table in ("wer", "cer", "noisy_wer", "loss_ms", "step_ms", "real_time_factor", "seconds"):
         together[table] = {name: mean(table, name) for name in results[0][table]}
     for table in ("wer", "cer", "noisy_wer"):
         together[f"{table}_interval"] = {
             name: interval(
-                [r[table][name] for r in results], [r[f"{table}_interval"][name] for r in results]
+                [r[table][name] for r in results],
+                [r[f"{table}_interval"][name] for r in results],
+                lowest=0.0,
             )
             for name in results[0][table]
         }

@@ -7,7 +7,17 @@ import torch
 from test_train import TINY
 
 from kdkernels import train
-from kdkernels.asr import arms, batches, bestrq, data, features, losses, model, settings
+from kdkernels.asr import (
+    arms,
+    batches,
+    bestrq,
+    data,
+    features,
+    losses,
+    model,
+    report,
+    settings,
+)
 
 B, A = 0, 1  # blank, a character
 
@@ -163,3 +173,24 @@ def test_every_arm_and_every_teacher(tmp_path, capsys):
 def test_no_utterance_that_the_teacher_is_sure_of(tmp_path, capsys):
     assert train.main([*TINY, "--min-confidence=0.99", "--out", str(tmp_path)]) == 2
     assert "lower --min-confidence" in capsys.readouterr().err
+
+
+def test_an_error_rate_over_seeds_is_never_below_zero():
+    def of(seed, wer):
+        rates = {"wer": {"a": wer}, "cer": {"a": wer}, "noisy_wer": {}}
+        intervals = {
+            f"{name}_interval": {k: [x, x] for k, x in r.items()} for name, r in rates.items()
+        }
+        times = {name: {} for name in ("loss_ms", "step_ms", "real_time_factor", "seconds")}
+        return (
+            rates
+            | intervals
+            | times
+            | {"relative_reduction": 0.0, "relative_reduction_interval": [0.0, 0.0]}
+            | {"steps_to_alone_wer": None, "seconds_to_alone_wer": None}
+            | {"alone_best": {}, "curves": {}, "settings": {"seed": seed}}
+        )
+
+    low, high = report.over_seeds([of(0, 90.0), of(1, 140.0)])["wer_interval"]["a"]
+    assert low == 0
+    assert high > 140

@@ -79,7 +79,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, cap
         "cut.wav": "is truncated",
         "chopped.flac": "is truncated or damaged",
         "slow.wav": "has 100 samples a second, expected one of 1000 to 768000",
-        ".": "cannot be read as audio",
+        ".": "it is a folder",
     }
     bad = [tmp_path / name for name in reasons]
     assert call(*bad, good, "--model", run, "--out", tmp_path / "out") == 1
@@ -122,6 +122,14 @@ def test_recordings_that_differ_in_their_suffix_alone(run, tmp_path):
     out = tmp_path / "out"
     assert call(*(tmp_path / name for name in names), "--model", run, "--out", out) == 0
     assert {p.name for p in out.glob("*.txt")} == {"a.wav.txt", "a.flac.txt", "b.txt"}
+
+
+def test_a_run_of_several_seeds_names_the_folder_of_one(tmp_path, capsys):
+    one = tmp_path / "seed-0" / "student_distilled.safetensors"
+    one.parent.mkdir()
+    one.touch()
+    assert call("a.wav", "--model", tmp_path) == 2
+    assert f"give the folder of one seed, such as {one.parent}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ class Occupancies {
     for (int64_t k = 0; k <= S; k++) end_[symbol[k]]++;
   }
 
-  // The row for one more frame, zeroed.
-  // Where blank cannot occur what the positions leave is their rounding.
+  // The row for one more frame, zeroed. Where blank cannot occur what the positions leave is their
+  // rounding.
   Float* add(int64_t frame, bool blank_occurs) {
     Float* const row = by_frame_ + count_ * stride_;
     std::fill(row, row + stride_, Float(0));

@@ -28,7 +28,6 @@ class Target {
     label_ = arena.take<int32_t>(S);
     symbol_ = arena.take<int32_t>(S + 1);
     symbol_class_ = arena.take<int32_t>(most_symbols(C, S));
-    symbol_of_class_ = arena.take<int32_t>(C);
   }
 
   void begin(const int64_t* labels, int64_t S, int64_t C, int64_t blank) {
@@ -99,8 +98,10 @@ class Target {
     std::copy(label_, label_ + S_, symbol_class_);
     std::sort(symbol_class_, symbol_class_ + S_);
     symbols_ = std::unique(symbol_class_, symbol_class_ + S_) - symbol_class_;
-    for (int64_t u = 0; u < symbols_; u++) symbol_of_class_[symbol_class_[u]] = int32_t(u);
-    for (int64_t k = 0; k < S_; k++) symbol_[k] = symbol_of_class_[label_[k]];
+    for (int64_t k = 0; k < S_; k++) {
+      symbol_[k] = int32_t(std::lower_bound(symbol_class_, symbol_class_ + symbols_, label_[k]) -
+                           symbol_class_);
+    }
     symbol_[S_] = int32_t(symbols_);
     symbol_class_[symbols_++] = int32_t(blank_);
   }
@@ -109,7 +110,6 @@ class Target {
   Int *class_of_, *skip_;
   int32_t *label_, *symbol_;  // [S], [S + 1]
   int32_t* symbol_class_;     // [symbols]
-  int32_t* symbol_of_class_;  // [C]
 };
 
 }  // namespace KDKERNELS_TARGET

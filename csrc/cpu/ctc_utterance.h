@@ -324,21 +324,11 @@ class Utterance {
     const int64_t t = chain.frame(i);
     Float* const occupancy = occupancies.add(t, blank_e_[t] >= kZeroLikelihood<Float>);
     const Row<Float> row = other.stored(T_ - 1 - i);
-    fetch_gradient(t);
     chain.second(i, [&](int64_t j, Number<Float>, Number<Float> label) {
       const Number<Float> x = multiply(label, row.get(j, shift));
       store(occupancy + j * W, scale_by_power<Float>(x.m, x.e));
     });
     if (occupancies.full()) subtract(occupancies);
-  }
-
-  // The row of the gradient from which a frame's occupancies will be subtracted, where it is short:
-  // rows lie apart, which the hardware does not foresee.
-  void fetch_gradient(int64_t t) const {
-    const Frames& grad = problem_->grad;
-    const int64_t bytes = problem_->C * size_of(grad.dtype);
-    const char* const row = static_cast<const char*>(grad.row(t, n_));
-    for (int64_t i = 0; i < bytes && bytes <= 1024; i += 64) __builtin_prefetch(row + i, 1);
   }
 
   // The frames collected, from their rows of the gradient.

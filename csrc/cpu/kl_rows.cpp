@@ -159,7 +159,7 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
         const VecF32 q = load_n(rows.student[row] + c, lanes, -kInf) - q_max;
         const VecF32 d = close_difference<kSameTemperature>(p, q, scale) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
-        const VecF32 plus = wide_expm1_plus(d);
+        const VecF32 plus = expm1_plus<float>(d);
         const auto close = abs<float>(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;

@@ -50,11 +50,9 @@ struct Simd<float> {
   // (2^r - 1) / r on |r| <= 1/2; least-maximum fit, error of 2^r 1.1e-7.
   static constexpr float kExp2[] = {0.69314698f, 0.24022242f, 0.055507338f, 0.0096715132f,
                                     0.0013264725f};
-  // (exp(x) - 1 - x) / x^2 on |x| <= 1/4, Taylor; error 4e-9.
-  static constexpr double kExpm1[] = {1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040};
-  // The same on |x| <= 1; relative error 5e-8.
-  static constexpr double kWideExpm1[] = {1. / 2,    1. / 6,     1. / 24,     1. / 120,    1. / 720,
-                                          1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800};
+  // (exp(x) - 1 - x) / x^2 on |x| <= 1, Taylor; relative error 5e-8.
+  static constexpr double kExpm1[] = {1. / 2,    1. / 6,     1. / 24,     1. / 120,    1. / 720,
+                                      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800};
 };
 
 template <>

@@ -151,15 +151,11 @@ KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
   }
 }
 
-// expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4: never negative, relative error 1e-7 (float).
+// expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4 (float: 1): never negative, relative error
+// 1e-7 (float).
 template <class Float>
 KDKERNELS_INLINE Vec<Float> expm1_plus(Vec<Float> x) {
   return x * x * polynomial<Float>(-x, Simd<Float>::kExpm1);
-}
-
-// The same for |x| <= 1.
-KDKERNELS_INLINE VecF32 wide_expm1_plus(VecF32 x) {
-  return x * x * polynomial<float>(-x, Simd<float>::kWideExpm1);
 }
 
 // 2 artanh(r) / r for |r| < 0.18, relative error 1e-17.

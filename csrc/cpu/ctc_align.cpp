@@ -1,5 +1,7 @@
 // ctc_align on the CPU: the best path of each utterance (Viterbi), in float64 so that it is the
-// best one. Stored: one byte a state and frame, saying where its best path came from.
+// best one. Paths differ in their logits alone: what the softmax of each frame divides by is left
+// to the score. States are pairs of blank k and label k, as alpha's in ctc_recursion.h. Stored:
+// three bits a pair and frame, saying where its best paths came from.
 
 #include <omp.h>
 
@@ -9,7 +11,9 @@
 
 #include "cpu/arena.h"
 #include "cpu/ctc_rows.h"
+#include "cpu/ctc_target.h"
 #include "cpu/kernels.h"
+#include "cpu/kl_rows.h"
 #include "cpu/row.h"
 
 namespace kdkernels {
@@ -18,73 +22,122 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// Which state of the frame before: the same one, the one before it, or the label before the blank.
-enum Step : uint8_t { stay = 0, advance = 1, skip = 2 };
+// Of a vector of pairs, a bit for each: the blank's best path came from the label before it, the
+// label's from the blank before it, from the label before that one (which wins). Else from itself.
+struct Steps {
+  uint8_t blank_advances, label_advances, label_skips;
+};
 
 template <class Float>
-struct Viterbi {
-  Float* logits;                // [C], scratch
-  double *blank[2], *label[2];  // [S + 1] best log-probability of a path to blank k, to label k
-  uint8_t *from_blank, *from_label;  // [T][S + 1]
+class Viterbi {
+ public:
+  static constexpr int W = kLanes<double>;
 
-  Viterbi(Arena& arena, int64_t T, int64_t C, int64_t S) {
-    logits = arena.take<Float>(C);
-    for (int i = 0; i < 2; i++) {
-      blank[i] = arena.take<double>(S + 1);
-      label[i] = arena.take<double>(S + 1);
-    }
-    from_blank = arena.take<uint8_t>(T * (S + 1));
-    from_label = arena.take<uint8_t>(T * (S + 1));
+  Viterbi(Arena& arena, int64_t T, int64_t C, int64_t S) : target_(arena, C, S) {
+    const int64_t width = whole_vectors(S + 1);
+    logits_ = arena.take<Float>(rows_in_block(C) * C);
+    label_logits_ = arena.take<Float>(width);
+    rest_ = arena.take<double>(T);
+    skip_ = arena.take<int64_t>(width);
+    blank_ = arena.take<double>(width);
+    label_ = arena.take<double>(width);
+    steps_ = arena.take<Steps>(T * (width / W));
   }
 
-  // Fills path [T] and returns its log-probability.
+  // Fills path [T] and returns its log-probability. row(t, scratch): the logits of frame t;
+  // `ahead`: elements from a row to the next.
   template <class Row>
   double run(int64_t T, int64_t C, int64_t S, const int64_t* labels, int64_t blank_class, Row row,
-             int64_t* path) {
+             int64_t ahead, int64_t* path) {
     std::fill(path, path + T, int64_t(-1));
-    if (T == 0) return S == 0 ? 0.0 : -kInf;
-    // Before the first frame the path is in the first blank.
-    std::fill(blank[0], blank[0] + S + 1, -kInf);
-    std::fill(label[0], label[0] + S + 1, -kInf);
-    blank[0][0] = 0;
-    for (int64_t t = 0; t < T; t++) {
-      const Float* const x = row(t, logits);
-      SoftmaxRow<Float> s{x, nullptr, nullptr, nullptr, false, 0, 0};
-      softmax_rows(&s, 1, C, 0);
-      if (!s.valid) return std::numeric_limits<double>::quiet_NaN();
-      const double log_sum = double(s.max) + std::log1p(s.rest);
-      const double *const b = blank[t & 1], *const l = label[t & 1];
-      double *const next_b = blank[(t + 1) & 1], *const next_l = label[(t + 1) & 1];
-      uint8_t *const from_b = from_blank + t * (S + 1), *const from_l = from_label + t * (S + 1);
-      for (int64_t k = 0; k <= S; k++) {
-        double best = b[k];
-        from_b[k] = stay;
-        if (k > 0 && l[k - 1] > best) best = l[k - 1], from_b[k] = advance;
-        next_b[k] = best + (double(x[blank_class]) - log_sum);
-        if (k == S) break;
-        best = l[k];
-        from_l[k] = stay;
-        if (b[k] > best) best = b[k], from_l[k] = advance;
-        if (k > 0 && labels[k] != labels[k - 1] && l[k - 1] > best) {
-          best = l[k - 1], from_l[k] = skip;
-        }
-        next_l[k] = best + (double(x[labels[k]]) - log_sum);
+    begin(T, C, S, labels, blank_class);
+    const int64_t block = std::min<int64_t>(kLanes<Float>, rows_in_block(C));
+    for (int64_t t = 0; t < T; t += block) {
+      const int n = int(std::min(block, T - t));
+      SoftmaxRow<Float> rows[kLanes<Float>] = {};
+      for (int i = 0; i < n; i++) rows[i].logits = row(t + i, logits_ + i * C);
+      softmax_rows(rows, n, C, ahead * block);
+      for (int i = 0; i < n; i++) {
+        if (!rows[i].valid) return std::numeric_limits<double>::quiet_NaN();
+        rest_[t + i] = rows[i].rest;
+        target_.gather(rows[i].logits, label_logits_);
+        step(t + i, double(rows[i].logits[blank_class]), double(rows[i].max));
       }
     }
-    double score = blank[T & 1][S];
-    bool on_label = S > 0 && label[T & 1][S - 1] > score;
-    int64_t k = on_label ? S - 1 : S;
-    if (on_label) score = label[T & 1][S - 1];
+    const bool on_label = S > 0 && label_[S - 1] > blank_[S];
+    const double score = on_label ? label_[S - 1] : blank_[S];
     if (score == -kInf) return score;
-    for (int64_t t = T - 1; t >= 0; t--) {
-      path[t] = on_label ? labels[k] : blank_class;
-      const uint8_t step = on_label ? from_label[t * (S + 1) + k] : from_blank[t * (S + 1) + k];
-      if (step == stay) continue;
-      if (!on_label || step == skip) k--;
-      on_label = !on_label || step == skip;
-    }
-    return score;
+    trace_back(on_label, labels, blank_class, path);
+    return score - log_divisors();
   }
+
+ private:
+  static int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
+
+  // Before the first frame the path is in the first blank.
+  void begin(int64_t T, int64_t C, int64_t S, const int64_t* labels, int64_t blank_class) {
+    T_ = T, S_ = S, vectors_ = whole_vectors(S + 1) / W;
+    target_.begin(labels, S, C, blank_class);
+    std::fill(label_logits_ + S, label_logits_ + vectors_ * W, Float(-kInf));
+    std::fill(blank_, blank_ + vectors_ * W, -kInf);
+    std::fill(label_, label_ + vectors_ * W, -kInf);
+    blank_[0] = 0;
+    for (int64_t k = 0; k < vectors_ * W; k++) {
+      skip_[k] = k > 0 && k < S && labels[k] != labels[k - 1] ? -1 : 0;
+    }
+  }
+
+  // Frame t, in the vectors with a state that can be reached and can still reach the end.
+  void step(int64_t t, double blank_logit, double max_logit) {
+    const int64_t low = std::max<int64_t>(0, S_ - (T_ - t)) / W, high = std::min(S_, t) / W;
+    const double p_blank = blank_logit - max_logit;
+    Steps* const steps = steps_ + t * vectors_;
+    VecF64 last = low > 0 ? load<VecF64>(label_ + (low - 1) * W) : broadcast(-kInf);
+    for (int64_t j = low; j <= high; j++) {
+      const VecF64 blank = load<VecF64>(blank_ + j * W), label = load<VecF64>(label_ + j * W);
+      const VecF64 before = shift_up(last, label), from_blank = max(blank, label);
+      const auto skips = (before > from_blank) & load<VecI64>(skip_ + j * W);
+      steps[j] = {uint8_t(lane_bits(before > blank)), uint8_t(lane_bits(blank > label)),
+                  uint8_t(lane_bits(skips))};
+      store(blank_ + j * W, max(blank, before) + p_blank);
+      store(label_ + j * W,
+            (skips ? before : from_blank) + (load_wide(label_logits_ + j * W) - max_logit));
+      last = label;
+    }
+  }
+
+  void trace_back(bool on_label, const int64_t* labels, int64_t blank_class, int64_t* path) const {
+    int64_t k = on_label ? S_ - 1 : S_;
+    for (int64_t t = T_ - 1; t >= 0; t--) {
+      path[t] = on_label ? labels[k] : blank_class;
+      const Steps& steps = steps_[t * vectors_ + k / W];
+      const int bit = int(k % W);
+      if (on_label && steps.label_skips >> bit & 1) {
+        k--;
+      } else if (on_label) {
+        on_label = !(steps.label_advances >> bit & 1);
+      } else if (steps.blank_advances >> bit & 1) {
+        on_label = true;
+        k--;
+      }
+    }
+  }
+
+  // Logarithm of what the softmaxes of all frames divide by, relative to the largest logits.
+  double log_divisors() const {
+    VecF64 sum{};
+    for_each_vector<double>(
+        T_, [&](int64_t t, int lanes) { sum += log1p(load_n(rest_ + t, lanes, 0.0)); });
+    return reduce_add(sum);
+  }
+
+  Target<Float> target_;
+  int64_t T_ = 0, S_ = 0, vectors_ = 0;
+  Float *logits_, *label_logits_;  // [rows_in_block(C)][C]; [S], then -inf
+  double* rest_;                   // [T], see SoftmaxRow
+  int64_t* skip_;                  // -1 where label k - 1 may be followed by label k, else 0
+  double *blank_, *label_;         // log-probabilities of the best paths to them
+  Steps* steps_;                   // [T][vectors]
 };
 
 template <class Float>
@@ -119,8 +172,9 @@ void ctc_align(int64_t T, int64_t N, int64_t C, int64_t S, const void* logits, i
           return load_row<Float>(x, DType(dtype), C, scratch);
         };
         int64_t* const path = paths + n * T;
-        static_cast<Float*>(scores)[n] = Float(viterbi.run(
-            input_lengths[n], C, target_lengths[n], targets + target_offsets[n], blank, row, path));
+        static_cast<Float*>(scores)[n] =
+            Float(viterbi.run(input_lengths[n], C, target_lengths[n], targets + target_offsets[n],
+                              blank, row, stride_t, path));
         std::fill(path + input_lengths[n], path + T, int64_t(-1));
       }
     }

@@ -96,16 +96,6 @@ double kl_row(const RowPair& row, const RowNormalisers& s, const RowGradients& g
   return kl;
 }
 
-// log(1 + x) for -1 < x <= 0.
-KDKERNELS_INLINE VecF64 log1p_negative(VecF64 x) {
-  const VecF64 u = 1.0 + x;
-  const VecI64 exponent = ((VecI64)u - (VecI64)broadcast(0.7071067811865476)) >> 52;
-  const VecF64 f = (VecF64)((VecI64)u - (exponent << 52)) - 1.0;
-  const VecF64 r = f / (f + 2.0);
-  const VecF64 lost = (x - (u - 1.0)) / u;
-  return __builtin_convertvector(exponent, VecF64) * kLn2 + (artanh_ratio(r) * r + lost);
-}
-
 // x - log(1 + x) for |x| < 0.3: never negative.
 KDKERNELS_INLINE VecF64 minus_log1p(VecF64 x) {
   const VecF64 r = x / (x + 2.0);
@@ -124,7 +114,7 @@ double jsd_row(const RowPair& row, const RowNormalisers& s, const RowGradients& 
     const auto p_larger = x.d >= 0, close = size < 0.25;
     const VecF64 drop =
         (p_larger ? broadcast(alpha) : broadcast(beta)) * (exp<double>(-size) - 1.0);
-    const VecF64 lower = log1p_negative(drop);
+    const VecF64 lower = log1p(drop);
     const VecF64 d = close ? x.d : VecF64{};
     const VecF64 v = alpha * (expm1_plus<double>(d) - d), w = beta * (expm1_plus<double>(-d) + d);
     const VecF64 v_rest = minus_log1p(v), w_rest = minus_log1p(w);

@@ -142,6 +142,13 @@ KDKERNELS_INLINE void store_partial(Float* p, Vec<Float> v, int n) {
 #endif
 }
 
+// As many numbers as there are lanes of double.
+KDKERNELS_INLINE VecF64 load_wide(const double* p) { return load<VecF64>(p); }
+KDKERNELS_INLINE VecF64 load_wide(const float* p) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  return __builtin_convertvector(load<Half>(p), VecF64);
+}
+
 // The larger of each lane; a NaN in `a` is ignored, one in `b` is taken.
 template <class V>
 KDKERNELS_INLINE V max(V a, V b) {
@@ -188,22 +195,26 @@ KDKERNELS_INLINE bool any(V mask) {
 #endif
 }
 
-// How many lanes of a comparison are true.
+// Bit i says whether lane i of a comparison is true.
 template <class V>
-KDKERNELS_INLINE int count_lanes(V mask) {
+KDKERNELS_INLINE unsigned lane_bits(V mask) {
   [[maybe_unused]] constexpr bool wide = sizeof(mask[0]) == 8;
 #if defined(__AVX512F__)
   const __m512i m = (__m512i)mask;
-  return __builtin_popcount(wide ? unsigned(_mm512_movepi64_mask(m))
-                                 : unsigned(_mm512_movepi32_mask(m)));
+  return wide ? unsigned(_mm512_movepi64_mask(m)) : unsigned(_mm512_movepi32_mask(m));
 #elif defined(__AVX2__)
-  return __builtin_popcount(
-      unsigned(wide ? _mm256_movemask_pd((__m256d)mask) : _mm256_movemask_ps((__m256)mask)));
+  return unsigned(wide ? _mm256_movemask_pd((__m256d)mask) : _mm256_movemask_ps((__m256)mask));
 #else
-  int count = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); i++) count += mask[i] != 0;
-  return count;
+  unsigned bits = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); i++) bits |= unsigned(mask[i] != 0) << i;
+  return bits;
 #endif
+}
+
+// How many lanes of a comparison are true.
+template <class V>
+KDKERNELS_INLINE int count_lanes(V mask) {
+  return __builtin_popcount(lane_bits(mask));
 }
 
 // The row of n elements in vectors; the last one is filled with `fill` (for loads).

@@ -212,10 +212,11 @@ KDKERNELS_DEVICE void ctc_alone(const CTCProblem<Float>& p, const AnyGroup& grou
   extra.correct(group, alone && grad.data, gradient);
 }
 
-// The same with the forward KL from the teacher, one dtype; kTeacher: the teacher's gradient too.
+// The same with the forward KL from the teacher, one dtype and temperature; kTeacher: the teacher's
+// gradient too.
 template <class T, int K, bool kBlock, bool kTeacher>
 __global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads, 1)
-    kl_gradient_kernel(CTCProblem<float> p, KLScales scale, int lanes) {
+    kl_gradient_kernel(CTCProblem<float> p, KLScale scale, int lanes) {
   for_gradient_rows<kBlock>(
       p, lanes,
       [&](const Group<kBlock>& group, int64_t t, int64_t n, bool live,

@@ -67,7 +67,7 @@ void launch_recursion(const CTCProblem<Float>& p, bool occupancies, void* stream
 template <class T, bool kTeacher>
 void launch_kl_gradient(const CTCProblem<float>& p, void* stream) {
   const RowShape shape = RowShape::of(p.C);
-  const KLScales scale(p.teacher_scale, p.student_scale);
+  const KLScale scale(p.student_scale);
   const auto kernel = shape.classes == 8   ? kl_gradient_kernel<T, 8, false, kTeacher>
                       : shape.classes == 0 ? kl_gradient_kernel<T, 0, true, kTeacher>
                                            : kl_gradient_kernel<T, 16, true, kTeacher>;
@@ -91,7 +91,8 @@ void launch_gradient(const CTCProblem<Float>& p, void* stream) {
     return;
   }
   if constexpr (sizeof(Float) == 4) {
-    if (p.divergence == Divergence::forward_kl && p.logits.dtype == p.teacher.dtype) {
+    if (p.divergence == Divergence::forward_kl && p.student_scale == p.teacher_scale &&
+        p.logits.dtype == p.teacher.dtype) {
       with_logits(p, [&](auto type) {
         using T = typename decltype(type)::Type;
         if (p.grad_teacher.data) {

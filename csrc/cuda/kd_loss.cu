@@ -114,10 +114,10 @@ KDKERNELS_DEVICE void for_rows(const Problem& p, int lanes, Body body) {
   if (p.counter && is_last_block(p.counter)) finish(p, gridDim.x);
 }
 
-// Forward KL, one dtype; kTeacher: the teacher's gradient too.
+// Forward KL, one dtype and one temperature; kTeacher: the teacher's gradient too.
 template <class T, int K, bool kBlock, bool kTeacher>
 __global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads, K == 0 && !kTeacher ? 2 : 1)
-    kl_kernel(Problem p, KLScales scale, int lanes) {
+    kl_kernel(Problem p, KLScale scale, int lanes) {
   for_rows<kBlock>(p, lanes, [&](const auto& group, const int64_t* at, int64_t C, double factor) {
     const T* const student = static_cast<const T*>(p.student.data) + at[0];
     const T* const teacher = static_cast<const T*>(p.teacher.data) + at[1];
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kBlock ? 512 : kBlockThreads)
 
 template <class T, bool kTeacher>
 void launch_kl_of(const Problem& p, RowShape shape, int64_t blocks, void* stream) {
-  const KLScales scale(p.teacher_scale, p.student_scale);
+  const KLScale scale(p.student_scale);
   const auto kernel = shape.classes == 8   ? kl_kernel<T, 8, false, kTeacher>
                       : shape.classes == 0 ? kl_kernel<T, 0, true, kTeacher>
                                            : kl_kernel<T, 16, true, kTeacher>;
@@ -212,8 +212,8 @@ const char* kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims
     p.counter = reinterpret_cast<unsigned*>(memory + 1);
     launch(weights_kernel, 1, 1024, stream, p);
   }
-  const bool fast =
-      !wide && p.divergence == Divergence::forward_kl && p.student.dtype == p.teacher.dtype;
+  const bool fast = !wide && p.divergence == Divergence::forward_kl &&
+                    p.student_scale == p.teacher_scale && p.student.dtype == p.teacher.dtype;
   const RowShape shape = fast ? RowShape::of(C) : RowShape::reread(C);
   const int64_t blocks = (rows + shape.rows_per_block() - 1) / shape.rows_per_block();
   if (!fast) {

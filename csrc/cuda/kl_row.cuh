@@ -1,6 +1,7 @@
-// KL(teacher || student) of one row and its gradient with respect to the student, in float32: read
-// once where the row fits the registers of its group of threads, twice where it does not. Nothing
-// of the row's size is stored but the gradient.
+// KL(teacher || student) of one row at one temperature and its gradient with respect to the
+// student, in float32 (with two temperatures float32 would not do: equal probabilities come from
+// unlike logits): read once where the row fits the registers of its group of threads, twice where
+// it does not. Nothing of the row's size is stored but the gradient.
 //
 // d = log p - log q. A row goes one of three ways, each by its own numbers alone: "near" (all d0
 // within 1/4 of each other: q is never formed, and identical rows give exactly 0), "far" (KL = sum
@@ -14,53 +15,26 @@
 namespace kdkernels {
 namespace cuda {
 
-struct KLScales {
-  float p, q;  // 1 / temperature of the teacher and of the student
-  bool same;
-  ExpScale p_exp, q_exp;
-  __host__ __device__ KLScales(double p, double q)
-      : p(float(p)), q(float(q)), same(float(p) == float(q)), p_exp(p), q_exp(q) {}
+struct KLScale {
+  float factor;  // 1 / temperature
+  ExpScale exp;
+  __host__ __device__ explicit KLScale(double factor) : factor(float(factor)), exp(factor) {}
 };
 
 struct KLStatistics {
   float p_max, q_max;  // largest logits
-  float d_max, d_min;  // of logit_difference, over the classes that are not masked in both
+  float d_max, d_min;  // of p - q, over the classes that are not masked in both
   bool nan;
-  double p_sum, q_sum, p_d;  // of exp(p), exp(q), exp(p) * far_difference, from the maxima
+  double p_sum, q_sum, p_d;  // of exp(p), exp(q), exp(p) d0, from the maxima
 };
 
-// d0, in units of the logits where there is one temperature.
-KDKERNELS_DEVICE float logit_difference(float p, float q, const KLScales& scale) {
-  if (scale.same) return p - q;
-  const float d = p * (scale.p - scale.q) + (p - q) * scale.q;
-  return p > -kInfinity ? d : p - q;
-}
-
-// d0 from the logits less their maxima: what is rounded is small wherever the probability is not.
-KDKERNELS_DEVICE float far_difference(float p, float q, const KLScales& scale) {
-  return scale.same ? (p - q) * scale.p : p * scale.p - q * scale.q;
-}
-
-// d0 - reference; 0 for a class that is masked in both. The logits may differ by a constant much
-// larger than what is left of d0: the rounding of p - q is carried along, or, where there are two
-// temperatures, both are taken from their maxima, and so is the reference.
-KDKERNELS_DEVICE float near_difference(float p, float q, const KLScales& scale,
-                                       const KLStatistics& s, float reference) {
-  float d;
-  if (scale.same) {
-    const float difference = p - q, minus_q = difference - p;
-    const float lost = (p - (difference - minus_q)) - (q + minus_q);
-    d = ((difference - reference) + lost) * scale.p;
-  } else {
-    d = far_difference(p - s.p_max, q - s.q_max, scale) - reference;
-  }
+// d0, less `reference` in units of the logits; 0 for a class that is masked in both. The logits may
+// differ by a constant much larger than what is left: the rounding of p - q is carried along.
+KDKERNELS_DEVICE float near_difference(float p, float q, const KLScale& scale, float reference) {
+  const float difference = p - q, minus_q = difference - p;
+  const float lost = (p - (difference - minus_q)) - (q + minus_q);
+  const float d = ((difference - reference) + lost) * scale.factor;
   return d == d ? d : 0.0f;
-}
-
-// The middle of d0, as near_difference takes it; any number close to it will do.
-KDKERNELS_DEVICE float near_reference(const KLScales& scale, const KLStatistics& s) {
-  const float middle = s.d_min + (s.d_max - s.d_min) / 2;
-  return scale.same ? middle : middle - (s.p_max * scale.p - s.q_max * scale.q);
 }
 
 // A row in the registers of its group, K classes a thread, and their exponentials.
@@ -79,11 +53,11 @@ class RowOnChip {
     }
   }
 
-  KDKERNELS_DEVICE KLStatistics statistics(const KLScales& scale) {
+  KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
     float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
 #pragma unroll
     for (int i = 0; i < K; i++) {
-      const float p = p_[i], q = q_[i], d = logit_difference(p, q, scale);
+      const float p = p_[i], q = q_[i], d = p - q;
       most[0] = fmaxf(most[0], p);
       most[1] = fmaxf(most[1], q);
       most[2] = fmaxf(most[2], d);  // a class that is masked in both has d = NaN: ignored
@@ -95,11 +69,11 @@ class RowOnChip {
 #pragma unroll
     for (int i = 0; i < K; i++) {
       const float p = p_[i] - most[0], q = q_[i] - most[1];
-      p_exp_[i] = scale.p_exp(p);
-      q_exp_[i] = scale.q_exp(q);
+      p_exp_[i] = scale.exp(p);
+      q_exp_[i] = scale.exp(q);
       p_sum += p_exp_[i];
       q_sum += q_exp_[i];
-      p_d = p_exp_[i] > 0 ? p_d + p_exp_[i] * far_difference(p, q, scale) : p_d;
+      p_d = p_exp_[i] > 0 ? p_d + p_exp_[i] * ((p - q) * scale.factor) : p_d;
     }
     double sums[3] = {double(p_sum), double(q_sum), double(p_d)};
     group_.template reduce<Sum>(sums);
@@ -109,7 +83,7 @@ class RowOnChip {
   // f(p, q, exp p, exp q) of every class, into `out` unless that is null. Classes past the end are
   // masked in both.
   template <bool kExpP, bool kExpQ, class F>
-  KDKERNELS_DEVICE void map(const KLScales&, const KLStatistics&, T* out, F f) const {
+  KDKERNELS_DEVICE void map(const KLScale&, const KLStatistics&, T* out, F f) const {
     const bool aligned = is_aligned(out);
 #pragma unroll
     for (int v = 0; v < K; v += kPart) {
@@ -146,7 +120,7 @@ class RowInMemory {
         group_(group),
         aligned_(is_aligned(teacher) && is_aligned(student)) {}
 
-  KDKERNELS_DEVICE KLStatistics statistics(const KLScales& scale) {
+  KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
     float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
     double p_sum = 0, q_sum = 0, p_d = 0;
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
@@ -155,7 +129,7 @@ class RowInMemory {
       load_vector(student_, aligned_, c, C_, q);
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
-        const float d = logit_difference(p[j], q[j], scale);
+        const float d = p[j] - q[j];
         p_max = fmaxf(p_max, p[j]);
         q_max = fmaxf(q_max, q[j]);
         most[2] = fmaxf(most[2], d);
@@ -171,10 +145,10 @@ class RowInMemory {
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         const float p_less = p[j] - most[0], q_less = q[j] - most[1];
-        const float p_exp = scale.p_exp(p_less), q_exp = scale.q_exp(q_less);
+        const float p_exp = scale.exp(p_less), q_exp = scale.exp(q_less);
         p_part += p_exp;
         q_part += q_exp;
-        p_d_part = p_exp > 0 ? p_d_part + p_exp * far_difference(p_less, q_less, scale) : p_d_part;
+        p_d_part = p_exp > 0 ? p_d_part + p_exp * ((p_less - q_less) * scale.factor) : p_d_part;
       }
       p_sum += double(p_part), q_sum += double(q_part), p_d += double(p_d_part);
     }
@@ -187,7 +161,7 @@ class RowInMemory {
   }
 
   template <bool kExpP, bool kExpQ, class F>
-  KDKERNELS_DEVICE void map(const KLScales& scale, const KLStatistics& s, T* out, F f) const {
+  KDKERNELS_DEVICE void map(const KLScale& scale, const KLStatistics& s, T* out, F f) const {
     const bool out_aligned = is_aligned(out);
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
       float p[kPart], q[kPart], values[kPart];
@@ -195,8 +169,8 @@ class RowInMemory {
       load_vector(student_, aligned_, c, C_, q);
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
-        values[j] = f(p[j], q[j], kExpP ? scale.p_exp(p[j] - s.p_max) : 0.0f,
-                      kExpQ ? scale.q_exp(q[j] - s.q_max) : 0.0f);
+        values[j] = f(p[j], q[j], kExpP ? scale.exp(p[j] - s.p_max) : 0.0f,
+                      kExpQ ? scale.exp(q[j] - s.q_max) : 0.0f);
       }
       if (out) store_vector(out, out_aligned, c, C_, values);
     }
@@ -204,12 +178,12 @@ class RowInMemory {
 
  private:
   // The sums, made from the maxima `from`, as if from the larger p_max and q_max.
-  KDKERNELS_DEVICE static void rescale(const KLScales& scale, const float* from, float p_max,
+  KDKERNELS_DEVICE static void rescale(const KLScale& scale, const float* from, float p_max,
                                        float q_max, double& p_sum, double& q_sum, double& p_d) {
     if (!(from[0] > -kInfinity && from[1] > -kInfinity)) return;  // nothing summed yet
     const float p_less = from[0] - p_max, q_less = from[1] - q_max;
-    const double p_factor = double(scale.p_exp(p_less)), q_factor = double(scale.q_exp(q_less));
-    p_d = (p_d + p_sum * double(far_difference(p_less, q_less, scale))) * p_factor;
+    const double p_factor = double(scale.exp(p_less)), q_factor = double(scale.exp(q_less));
+    p_d = (p_d + p_sum * double(((p_less - q_less) * scale.factor))) * p_factor;
     p_sum *= p_factor;
     q_sum *= q_factor;
   }
@@ -228,12 +202,11 @@ constexpr float kFarGradient = 0.1f;  // of the largest probability
 // plus extra.dense(student logit), goes to `grad` unless that is null; then extra.correct(...) may
 // overwrite single classes.
 template <class T, class Row, class AnyGroup, class Extra>
-KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& scale, float factor,
+KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& scale, float factor,
                                const T* teacher, const T* student, T* grad, const Extra& extra) {
   const KLStatistics s = row.statistics(scale);
   const bool valid = !s.nan && fabsf(s.p_max) < kInfinity && fabsf(s.q_max) < kInfinity;
-  const float unit = scale.same ? scale.p : 1.0f;
-  const bool near = valid && (s.d_max - s.d_min) * unit <= 0.25f;
+  const bool near = valid && (s.d_max - s.d_min) * scale.factor <= 0.25f;
   const bool far = valid && !near;
 
   // A gradient as it is written.
@@ -244,9 +217,9 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
   const auto correct = [&](auto change) {
     extra.correct(group, grad && (valid || factor == 0), [&](int64_t c, float extra_change) {
       const float p = to_float(teacher[c]), q = to_float(student[c]);
-      const float kd =
-          factor == 0 ? 0.0f
-                      : factor * change(p, q, scale.p_exp(p - s.p_max), scale.q_exp(q - s.q_max));
+      const float kd = factor == 0
+                           ? 0.0f
+                           : factor * change(p, q, scale.exp(p - s.p_max), scale.exp(q - s.q_max));
       from_float(q > -kInfinity ? kd + (extra.dense(q) + extra_change) : 0.0f, grad[c]);
     });
   };
@@ -280,13 +253,13 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
   }
 
   // The normalisers of the ways that need more, all made together: one of them is used.
-  const float reference = near ? near_reference(scale, s) : 0.0f;
+  const float reference = near ? s.d_min + (s.d_max - s.d_min) / 2 : 0.0f;  // or close to it
   double sums[5] = {0, 0, 0, 0, 0};
   if (near) {
     float change = 0;
     row.template map<true, false>(scale, s, static_cast<T*>(nullptr),
                                   [&](float p, float q, float p_exp, float) {
-                                    const float d = near_difference(p, q, scale, s, reference);
+                                    const float d = near_difference(p, q, scale, reference);
                                     change += p_exp * (expm1_plus(d) - d);
                                     return 0.0f;
                                   });
@@ -315,13 +288,13 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScales& 
   const float p_factor = float(1 / (1 + p_rest)), q_factor = float(1 / (1 + q_rest));
   const float close_shift = close ? float(log1p(q_rest) - log1p(p_rest)) : 0.0f;
   const auto near_change = [&](float p, float q, float p_exp, float) {
-    const float d = near_difference(p, q, scale, s, reference) + near_shift;
+    const float d = near_difference(p, q, scale, reference) + near_shift;
     const float prob = p_exp * near_factor, plus = expm1_plus(d);
     row_kl += prob * plus;
     return prob * (plus - d);
   };
   const auto close_change = [&](float p, float q, float p_exp, float q_exp) {
-    const float d = far_difference(p - s.p_max, q - s.q_max, scale) + close_shift;
+    const float d = ((p - s.p_max) - (q - s.q_max)) * scale.factor + close_shift;
     const float prob = p_exp * p_factor, plus = expm1_plus(d);
     float change = q_exp * q_factor - prob;
     const bool small = fabsf(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most

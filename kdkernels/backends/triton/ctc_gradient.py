@@ -87,9 +87,9 @@ def ctc_gradient_kernel(
     s_scale: tl.float64, t_scale: tl.float64, beta: tl.float64, factor: tl.float64,
     GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, POSTERIORS: tl.constexpr, KD: tl.constexpr,
     KD_GRAD: tl.constexpr, REDUCTION: tl.constexpr, PADDED: tl.constexpr, LABELLED: tl.constexpr,
-    WEIGHTED: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, SAME: tl.constexpr,
-    FLOAT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr,
+    WEIGHTED: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, FLOAT: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    VECTORS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     C = c_units * UNIT
     SP: tl.constexpr = VECTORS * LANES
@@ -116,8 +116,8 @@ def ctc_gradient_kernel(
             used = valid & (weight != 0)
         kd_factor = tl.load(kd_factor_ptr + n) * weight * factor
         if FAST:
-            ts, ss = scalar(t_scale, tl.float32), scalar(s_scale, tl.float32)
-            row = kl_row(teacher_rows, rows, used, C, ts, ss, SAME, ROWS, BLOCK_C)
+            kd_scale = scalar(s_scale, tl.float32)
+            row = kl_row(teacher_rows, rows, used, C, kd_scale, ROWS, BLOCK_C)
         if TEACHER_GRAD or not FAST:
             wts, wss = scalar(t_scale, tl.float64), scalar(s_scale, tl.float64)
             wide_beta = scalar(beta, tl.float64)
@@ -140,7 +140,7 @@ def ctc_gradient_kernel(
             if FAST:
                 teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
                 student = load_tile(rows, c + columns, used, C, tl.float32)
-                term, part = kl_terms(row, teacher, student, ts, ss, SAME)
+                term, part = kl_terms(row, teacher, student, kd_scale)
                 kd += row_sum(term).to(tl.float64)
                 if GRAD and KD_GRAD:
                     grad += tl.where(used, part * (kd_factor * s_scale).to(tl.float32), 0.0)
@@ -213,7 +213,7 @@ def ctc_gradient_kernel(
                                 teacher = widened(
                                     tl.load(teacher_rows + label, mask=both, other=0), tl.float32
                                 )
-                                part = kl_terms(row, teacher, student, ts, ss, SAME)[1]
+                                part = kl_terms(row, teacher, student, kd_scale)[1]
                                 part = part * (kd_factor * s_scale).to(tl.float32)
                             else:
                                 student = widened(

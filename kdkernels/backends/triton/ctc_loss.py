@@ -19,7 +19,7 @@ from .common import (
 from .ctc_gradient import ctc_gradient_kernel
 from .ctc_recursion import ctc_first_kernel, ctc_second_kernel
 from .ctc_rows import ctc_rows_kernel
-from .divergence import KINDS
+from .divergence import KINDS, is_fast
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -131,7 +131,7 @@ def _ctc(
         *p.flags, reduction == "mean", kd, zero_infinity, FLOAT, group, p.lanes, p.vectors,
         num_warps=p.warps,
     )  # fmt: skip
-    fast = dtype == torch.float32 and divergence == "forward_kl"
+    fast = is_fast(dtype, divergence, temperature, teacher_temperature)
     tile_rows, block_c, warps = tile_of(T, C, TILE // 4 if kd and not fast else 4 * TILE)
     blocks = triton.cdiv(T, tile_rows)
     programs = N * blocks if kd or grad is not None else 1
@@ -150,7 +150,7 @@ def _ctc(
         temperature**2 if rescale else 1.0,
         grad is not None, grad_teacher is not None, posteriors, kd, kd_weight != 0,
         REDUCTIONS[reduction], *p.flags, weights is not None, KINDS[divergence], fast,
-        temperature == teacher_temperature, FLOAT, unit, tile_rows, block_c, block_s,
+        FLOAT, unit, tile_rows, block_c, block_s,
         p.vectors, p.lanes, num_warps=warps,
     )  # fmt: skip
     return outputs

@@ -1,10 +1,12 @@
 """Divergences of rows of two tensors and their gradients, tile by tile: what a row must know before
 its gradient can be written, then the gradient of a tile. Nothing of the size of a row is stored.
 
-The forward KL and its gradient to the student are float32 (`kl_...`); what is a difference of
-logarithms (the teacher's gradient, the other divergences) is float64 (`wide_...`).
+The forward KL at one temperature and its gradient to the student are float32 (`kl_...`); what is a
+difference of logarithms (the teacher's gradient, the other divergences), or of the logarithms of
+unlike numbers (two temperatures), is float64 (`wide_...`).
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -26,6 +28,12 @@ FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+def is_fast(dtype, divergence, temperature, teacher_temperature):
+    """Whether the loss and the student's gradient are made in float32."""
+    one = temperature == teacher_temperature
+    return dtype == torch.float32 and divergence == "forward_kl" and one
 
 
 @triton.jit
@@ -75,16 +83,6 @@ def log1p_float32(z):
 
 
 @triton.jit
-def logit_difference(teacher, student, t_scale, s_scale, SAME: tl.constexpr):
-    """d0, in units of the logits where there is one temperature."""
-    difference = teacher - student
-    if SAME:
-        return difference
-    d = teacher * (t_scale - s_scale) + difference * s_scale
-    return tl.where(teacher > -INF, d, difference)
-
-
-@triton.jit
 def kl_begin(ROWS: tl.constexpr):
     t_max, t_rest = softmax_begin(ROWS, tl.float32)
     s_max, s_rest = softmax_begin(ROWS, tl.float32)
@@ -92,111 +90,94 @@ def kl_begin(ROWS: tl.constexpr):
 
 
 @triton.jit
-def kl_range(teacher, student, t_scale, s_scale, SAME: tl.constexpr):
-    """Largest and smallest d0 of each row."""
-    d = logit_difference(teacher, student, t_scale, s_scale, SAME)
+def kl_range(teacher, student):
+    """Largest and smallest difference of each row."""
+    d = teacher - student
     masked = (teacher == -INF) & (student == -INF)
     return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d))
 
 
 @triton.jit
-def kl_tile(teacher, student, t_scale, s_scale, SAME: tl.constexpr):
+def kl_tile(teacher, student, scale):
     """State of a row that is one tile, and the exponentials."""
-    t_max, t_rest, t_exp = softmax_tile(teacher, t_scale, tl.float32)
-    s_max, s_rest, s_exp = softmax_tile(student, s_scale, tl.float32)
-    d_max, d_min = kl_range(teacher, student, t_scale, s_scale, SAME)
+    t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
+    s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
+    d_max, d_min = kl_range(teacher, student)
     return (t_max, t_rest, s_max, s_rest, d_max, d_min), t_exp, s_exp
 
 
 @triton.jit
-def kl_join(state, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
+def kl_join(state, teacher, student, scale):
     t_max, t_rest, s_max, s_rest, d_max, d_min = state
-    t_max, t_rest = softmax_join(t_max, t_rest, teacher, t_scale, tl.float32)
-    s_max, s_rest = softmax_join(s_max, s_rest, student, s_scale, tl.float32)
-    high, low = kl_range(teacher, student, t_scale, s_scale, SAME)
+    t_max, t_rest = softmax_join(t_max, t_rest, teacher, scale, tl.float32)
+    s_max, s_rest = softmax_join(s_max, s_rest, student, scale, tl.float32)
+    high, low = kl_range(teacher, student)
     return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low)
 
 
 @triton.jit
-def kl_near(state, t_scale, SAME: tl.constexpr):
+def kl_near(state, scale):
     """Which rows are near."""
-    width = state[4] - state[5]
-    if SAME:
-        width *= t_scale
-    return width <= 0.25
+    return (state[4] - state[5]) * scale <= 0.25
 
 
 @triton.jit
-def near_difference(
-    reference, t_max, s_max, teacher, student, t_scale, s_scale, SAME: tl.constexpr
-):
-    """d0 - reference; 0 for a class that is masked in both. The logits may differ by a constant
-    much larger than what is left: the rounding of the difference is carried along, or, where there
-    are two temperatures, both are taken from their maxima, and so is the reference."""
-    if SAME:
-        d = teacher - student
-        minus_s = d - teacher
-        lost = (teacher - (d - minus_s)) - (student + minus_s)
-        d = tl.where(tl.abs(d) < INF, (d - reference) + lost, d) * t_scale
-    else:
-        d = (teacher - t_max) * t_scale - (student - s_max) * s_scale - reference
+def near_difference(reference, teacher, student, scale):
+    """d0, less `reference` in units of the logits; 0 for a class that is masked in both. The logits
+    may differ by a constant much larger than what is left: the rounding of the difference is
+    carried along."""
+    d = teacher - student
+    minus_s = d - teacher
+    lost = (teacher - (d - minus_s)) - (student + minus_s)
+    d = tl.where(tl.abs(d) < INF, (d - reference) + lost, d) * scale
     return tl.where((teacher == -INF) & (student == -INF), 0.0, d)
 
 
 @triton.jit
-def near_reference(state, t_scale, s_scale, SAME: tl.constexpr):
-    """The middle of d0, as near_difference takes it; any number close to it will do."""
-    middle = state[5] + (state[4] - state[5]) * 0.5
-    if SAME:
-        return middle
-    return middle - (state[0] * t_scale - state[2] * s_scale)
+def near_reference(state):
+    """The middle of the differences; any number close to it will do."""
+    return state[5] + (state[4] - state[5]) * 0.5
 
 
 @triton.jit
-def kl_change(state, t_exp, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
+def kl_change(state, t_exp, teacher, student, scale):
     """sum e expm1(-(d0 - reference)) of a tile, e the teacher's exponentials."""
-    reference = near_reference(state, t_scale, s_scale, SAME)
-    t_max, s_max = state[0], state[2]
-    u = near_difference(reference, t_max, s_max, teacher, student, t_scale, s_scale, SAME)
+    u = near_difference(near_reference(state), teacher, student, scale)
     return row_sum(t_exp * (expm1_plus(u) - u))
 
 
 @triton.jit
-def kl_end(state, change, t_scale, s_scale, SAME: tl.constexpr):
+def kl_end(state, change, scale):
     """What the gradient needs to know of a row."""
     t_max, t_rest, s_max, s_rest, _, _ = state
     t_rest = softmax_end(t_max, t_rest)
     s_rest = softmax_end(s_max, s_rest)
-    near = kl_near(state, t_scale, SAME)
+    near = kl_near(state, scale)
     t_inverse, s_inverse = 1 / (1 + t_rest), 1 / (1 + s_rest)
     # log of the ratio of the sums, which is a small number more often than either logarithm is
     more = s_rest >= t_rest
     excess = tl.where(more, (s_rest - t_rest) * t_inverse, (t_rest - s_rest) * s_inverse)
     shift = log1p_float32(tl.where(near, change * t_inverse, excess))
     shift = tl.where(near | more, shift, -shift)
-    reference = near_reference(state, t_scale, s_scale, SAME)
-    return t_max, t_inverse, s_max, s_inverse, near, reference, shift
+    return t_max, t_inverse, s_max, s_inverse, near, near_reference(state), shift
 
 
 @triton.jit
-def kl_terms(row, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
+def kl_terms(row, teacher, student, scale):
     """Terms of the loss, and q - p, of a tile."""
-    t_exp = exp_scaled(teacher - row[0], t_scale, tl.float32)
-    s_exp = exp_scaled(student - row[2], s_scale, tl.float32)
-    return kl_terms_of(row, t_exp, s_exp, teacher, student, t_scale, s_scale, SAME)
+    t_exp = exp_scaled(teacher - row[0], scale, tl.float32)
+    s_exp = exp_scaled(student - row[2], scale, tl.float32)
+    return kl_terms_of(row, t_exp, s_exp, teacher, student, scale)
 
 
 @triton.jit
-def kl_terms_of(row, t_exp, s_exp, teacher, student, t_scale, s_scale, SAME: tl.constexpr):
+def kl_terms_of(row, t_exp, s_exp, teacher, student, scale):
     t_max, t_inverse, s_max, s_inverse, near, reference, shift = row
     p, q = t_exp * t_inverse, s_exp * s_inverse
-    reference = tl.where(near, reference, 0.0)
-    rest_t, rest_s = teacher, student
-    if SAME:  # less the maxima where the row is not near: then what is rounded is small
-        rest_t -= tl.where(near, 0.0, t_max)
-        rest_s -= tl.where(near, 0.0, s_max)
-    d = near_difference(reference, t_max, s_max, rest_t, rest_s, t_scale, s_scale, SAME)
-    d += shift
+    # Less the maxima where the row is not near: then what is rounded is small.
+    rest_t = teacher - tl.where(near, 0.0, t_max)
+    rest_s = student - tl.where(near, 0.0, s_max)
+    d = near_difference(tl.where(near, reference, 0.0), rest_t, rest_s, scale) + shift
     plus = expm1_plus(d)
     close = near | (tl.abs(d) < 1)  # beyond, q - p + p d loses a few bits at most
     change = tl.where(close, p * (plus - d), q - p)
@@ -211,9 +192,7 @@ def kl_row(
     student_rows,
     used,
     C,
-    t_scale,
-    s_scale,
-    SAME: tl.constexpr,
+    scale,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -223,15 +202,15 @@ def kl_row(
     for c in range(0, C, BLOCK_C):
         teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
         student = load_tile(student_rows, c + columns, used, C, tl.float32)
-        state = kl_join(state, teacher, student, t_scale, s_scale, SAME)
+        state = kl_join(state, teacher, student, scale)
     change = tl.zeros([ROWS, 1], tl.float32)
-    if tl.max((kl_near(state, t_scale, SAME) & used).to(tl.int32)) > 0:
+    if tl.max((kl_near(state, scale) & used).to(tl.int32)) > 0:
         for c in range(0, C, BLOCK_C):
             teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
             student = load_tile(student_rows, c + columns, used, C, tl.float32)
-            t_exp = exp_scaled(teacher - state[0], t_scale, tl.float32)
-            change += kl_change(state, t_exp, teacher, student, t_scale, s_scale, SAME)
-    return kl_end(state, change, t_scale, s_scale, SAME)
+            t_exp = exp_scaled(teacher - state[0], scale, tl.float32)
+            change += kl_change(state, t_exp, teacher, student, scale)
+    return kl_end(state, change, scale)
 
 
 # ----------------------------------------------------------------------- every divergence, float64

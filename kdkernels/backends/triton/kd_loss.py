@@ -25,6 +25,7 @@ from .common import (
 )
 from .divergence import (
     KINDS,
+    is_fast,
     kl_change,
     kl_end,
     kl_near,
@@ -79,9 +80,8 @@ def kd_loss_kernel(
     rows, inner, c_units, batch, parts, s_scale: tl.float64, t_scale: tl.float64, beta: tl.float64,
     factor: tl.float64,
     STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
-    REDUCTION: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, SAME: tl.constexpr,
-    PARTS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    ON_CHIP: tl.constexpr,
+    REDUCTION: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, ON_CHIP: tl.constexpr,
 ):  # fmt: skip
     C = c_units * UNIT
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -113,17 +113,17 @@ def kd_loss_kernel(
         grad_teacher_ptr, r, inner, grad_teacher_outer, grad_teacher_inner, UNIT
     )
     if FAST:
-        ts, ss = scalar(t_scale, tl.float32), scalar(s_scale, tl.float32)
+        scale = scalar(s_scale, tl.float32)
         student_factor = tl.where(used, grad_factor * s_scale, 0.0).to(tl.float32)
         if ON_CHIP:
             teacher = load_tile(teacher_rows, columns, used, C, tl.float32)
             student = load_tile(student_rows, columns, used, C, tl.float32)
-            state, t_exp, s_exp = kl_tile(teacher, student, ts, ss, SAME)
+            state, t_exp, s_exp = kl_tile(teacher, student, scale)
             change = tl.zeros([ROWS, 1], tl.float32)
-            if tl.max((kl_near(state, ts, SAME) & used).to(tl.int32)) > 0:
-                change = kl_change(state, t_exp, teacher, student, ts, ss, SAME)
-            row = kl_end(state, change, ts, ss, SAME)
-            term, grad = kl_terms_of(row, t_exp, s_exp, teacher, student, ts, ss, SAME)
+            if tl.max((kl_near(state, scale) & used).to(tl.int32)) > 0:
+                change = kl_change(state, t_exp, teacher, student, scale)
+            row = kl_end(state, change, scale)
+            term, grad = kl_terms_of(row, t_exp, s_exp, teacher, student, scale)
             loss = row_sum(term).to(tl.float64)
             if STUDENT_GRAD:
                 tl.store(
@@ -132,12 +132,12 @@ def kd_loss_kernel(
                     mask=(r < rows) & (columns < C),
                 )
         else:
-            row = kl_row(teacher_rows, student_rows, used, C, ts, ss, SAME, ROWS, BLOCK_C)
+            row = kl_row(teacher_rows, student_rows, used, C, scale, ROWS, BLOCK_C)
             loss = tl.zeros([ROWS, 1], tl.float64)
             for c in range(0, C, BLOCK_C):
                 teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
                 student = load_tile(student_rows, c + columns, used, C, tl.float32)
-                term, grad = kl_terms(row, teacher, student, ts, ss, SAME)
+                term, grad = kl_terms(row, teacher, student, scale)
                 loss += row_sum(term).to(tl.float64)
                 if STUDENT_GRAD:
                     tl.store(
@@ -299,7 +299,7 @@ def kd_loss_forward(
     found = iter(found)
     strides = [(0, 0) if x is None else next(found) for x in given]
     unit = unit_of(C, *copies)
-    fast = dtype == torch.float32 and divergence == "forward_kl"
+    fast = is_fast(dtype, divergence, temperature, teacher_temperature)
     tile_rows, block, warps = tile_of(rows, C, LARGEST_ROW if fast else TILE // 4)
     programs = triton.cdiv(rows, tile_rows)
 
@@ -328,8 +328,7 @@ def kd_loss_forward(
         rows, inner, C // unit, shape[0] if shape else 1, n_parts,
         1 / temperature, 1 / teacher_temperature, beta, temperature**2 if rescale else 1.0,
         student_grad, teacher_grad, weights is not None, REDUCTIONS[reduction], KINDS[divergence],
-        fast, temperature == teacher_temperature, PARTS, unit, tile_rows, block, block >= C,
-        num_warps=warps,
+        fast, PARTS, unit, tile_rows, block, block >= C, num_warps=warps,
     )  # fmt: skip
     for i, grad in ((2, grad_student), (3, grad_teacher)):
         if grad is not copies[i]:

@@ -31,7 +31,7 @@ template <class Float>
 class Divergences {
  public:
   Divergences(const DivergenceOptions& options, int64_t C, Arena& arena)
-      : options_(options), C_(C) {
+      : options_(options), mixture_(options.beta), C_(C) {
     fast_ = sizeof(Float) == 4 && options.divergence == Divergence::forward_kl;
     block_ = fast_ ? rows_in_block(C) : 1;
     scratch_ = arena.take<float>(2 * rows_in_block(C) * C);
@@ -43,58 +43,45 @@ class Divergences {
 
   void operator()(DivergenceRows<Float>& rows, int n) const {
     if constexpr (sizeof(Float) == 4) {
-      if (fast_) {
+      if (fast_ && !rows.grad_teacher[0]) {  // the teacher's gradient has logarithms in it
         const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
                              n * options_.teacher_stride, n * options_.student_stride};
-        kl_rows(rows, n, C_, scale, scratch_);
-        for (int i = 0; i < n; i++) {  // the teacher's gradient has logarithms in it
-          if (rows.grad_teacher[i]) wide(rows, i, nullptr);
-        }
-        return;
+        return kl_rows(rows, n, C_, scale, scratch_);
       }
     }
-    for (int i = 0; i < n; i++) wide(rows, i, rows.grad_student[i]);
+    for (int i = 0; i < n; i++) wide(rows, i);
   }
 
  private:
-  void wide(DivergenceRows<Float>& rows, int i, Float* row_grad_student) const {
-    Float* const row_grad_teacher = rows.grad_teacher[i];
-    const auto input = [&](const Float* x, double* scratch) {
-      if constexpr (sizeof(Float) == 8) return x;
-      std::copy(x, x + C_, scratch);
-      return static_cast<const double*>(scratch);
-    };
-    const auto output = [&](Float* x, double* scratch) -> double* {
-      if constexpr (sizeof(Float) == 8) return x;
-      return x ? scratch : nullptr;
-    };
-    const double* const student = input(rows.student[i], wide_[0]);
-    const double* const teacher = input(rows.teacher[i], wide_[1]);
-    double* const grad_student = output(row_grad_student, wide_[2]);
-    double* const grad_teacher = output(row_grad_teacher, wide_[3]);
-    RowPair pair{teacher,  student, options_.teacher_scale, options_.student_scale, C_,
-                 wide_[4], wide_[5]};
-    RowGradients grad{grad_teacher, grad_student, rows.factor[i] * options_.teacher_scale,
-                      rows.factor[i] * options_.student_scale};
+  void wide(DivergenceRows<Float>& rows, int i) const {
+    RowPair<Float> pair{rows.teacher[i],
+                        rows.student[i],
+                        options_.teacher_scale,
+                        options_.student_scale,
+                        C_,
+                        wide_[0],
+                        wide_[1],
+                        wide_[2],
+                        wide_[3]};
+    RowGradients<Float> grad{rows.grad_teacher[i], rows.grad_student[i],
+                             rows.factor[i] * options_.teacher_scale,
+                             rows.factor[i] * options_.student_scale};
     if (options_.divergence == Divergence::reverse_kl) {
       std::swap(pair.p_logits, pair.q_logits);
       std::swap(pair.p_scale, pair.q_scale);
       std::swap(grad.p, grad.q);
       std::swap(grad.p_factor, grad.q_factor);
     }
-    rows.value[i] = divergence_row(options_.divergence, options_.beta, pair, grad);
-    if constexpr (sizeof(Float) == 4) {
-      if (grad_student) std::copy(grad_student, grad_student + C_, row_grad_student);
-      if (grad_teacher) std::copy(grad_teacher, grad_teacher + C_, row_grad_teacher);
-    }
+    rows.value[i] = divergence_row(options_.divergence, mixture_, pair, grad);
   }
 
   DivergenceOptions options_;
+  Mixture mixture_;
   int64_t C_;
   bool fast_;
   int block_;
   float* scratch_;
-  double* wide_[6];
+  double* wide_[4];
 };
 
 // Rows of one tensor: the address of the first, and bytes from a row to the next. A gradient that

@@ -151,6 +151,40 @@ KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
   }
 }
 
+// (2^r - 1) / r on |r| <= 1/2; least-maximum fit, error of 2^r 4e-14.
+constexpr double kWideExp2[] = {
+    0.6931471805599453,    0.2402265069581299,     0.055504108664760424,
+    0.009618129159402558,  0.0013333558179043112,  0.00015403455852453838,
+    1.525268684626772e-05, 1.3255224878668817e-06, 1.0203121063391729e-07};
+
+// exp in float64 for results of type Result: relative error 1e-15 (double), 4e-14 (float).
+template <class Result>
+KDKERNELS_INLINE VecF64 wide_exp(VecF64 x, double scale) {
+  if constexpr (sizeof(Result) == 8) {
+    return exp<double>(x, scale);
+  } else {
+    using S = Simd<double>;
+    constexpr double lowest = S::kMinExp * kLog2e;
+    const VecF64 scaled = x * (scale * kLog2e);
+#if defined(__FMA__)
+    const VecF64 n = nearest<double>(scaled);
+#else
+    const VecF64 n = (scaled + S::kRound) - S::kRound;
+#endif
+    const VecF64 r = scaled - n;
+    const VecF64 y = polynomial<double>(r, kWideExp2) * r + 1.0;
+#if defined(__AVX512F__)
+    const __mmask8 counts =
+        _mm512_cmp_pd_mask((__m512d)scaled, _mm512_set1_pd(lowest), _CMP_NLT_UQ);
+    return (VecF64)_mm512_maskz_scalef_pd(counts, (__m512d)y, (__m512d)n);
+#else
+    const VecU64 power = (VecU64)(n + S::kRound)
+                         << S::kMantissaBits;  // what overflows is not taken
+    return scaled < lowest ? VecF64{} : scaled == scaled ? (VecF64)((VecU64)y + power) : scaled;
+#endif
+  }
+}
+
 // expm1(-x) + x = x^2/2 - x^3/6 + ... for |x| <= 1/4 (float: 1): never negative, relative error
 // 1e-7 (float).
 template <class Float>

@@ -67,13 +67,13 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
     VecF32 sums[kMaxRows], changes[kMaxRows];
     for (int i = 0; i < n; i++) {
-      const float *const teacher = rows.teacher[index[i]], *const student = rows.student[index[i]];
+      const float *const p_logits = rows.p[index[i]], *const q_logits = rows.q[index[i]];
       const float p_max = largest.p[index[i]], q_max = largest.q[index[i]];
       float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
+        const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
         const VecF32 d = near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]);
         const VecF32 e = exp<float>(p - p_max, scale.p);
         row_sum += e;
@@ -92,20 +92,20 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
     VecF32 kls[kMaxRows];
     for (int i = 0; i < n; i++) {
       const int r = index[i];
-      const float *const teacher = rows.teacher[r], *const student = rows.student[r];
+      const float *const p_logits = rows.p[r], *const q_logits = rows.q[r];
       const float p_max = largest.p[r], q_max = largest.q[r];
       const float* const exps = scratch + 2 * r * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
+        const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
         const VecF32 d =
             near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
-        if (rows.grad_student[r])
-          store_n(rows.grad_student[r] + c, prob * (plus - d) * factor(rows, r, scale), lanes);
+        if (rows.grad_q[r])
+          store_n(rows.grad_q[r] + c, prob * (plus - d) * factor(rows, r, scale), lanes);
       });
       kls[i] = row_kl;
     }
@@ -155,8 +155,8 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(rows.teacher[row] + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(rows.student[row] + c, lanes, -kInf) - q_max;
+        const VecF32 p = load_n(rows.p[row] + c, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(rows.q[row] + c, lanes, -kInf) - q_max;
         const VecF32 d = close_difference<kSameTemperature>(p, q, scale) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
@@ -164,8 +164,8 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
-        if (rows.grad_student[row])
-          store_n(rows.grad_student[row] + c, change * factor(rows, row, scale), lanes);
+        if (rows.grad_q[row])
+          store_n(rows.grad_q[row] + c, change * factor(rows, row, scale), lanes);
       });
       kl += double(reduce_add(row_kl));
     }
@@ -173,8 +173,9 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
   }
 }
 
-// Tries every row as one that is far: a loss of at least kFarLoss, and a gradient that is at least
-// kFarGradient of the largest probability somewhere; then KL = sum p d and q - p lose nothing. Says
+// Tries every row as one that is far: a loss of at least kFarLoss, and gradients that are somewhere
+// at least kFarGradient of what they are the difference of: of the largest probability, and for
+// p (d - KL) of that times the two terms. Then KL = sum p d and the differences lose nothing. Says
 // which rows are not, whose results are for the others to make; rows with a NaN, an infinity or no
 // class left are among them. The exponentials stay in `scratch`.
 constexpr double kFarLoss = 0.125;
@@ -192,8 +193,8 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   for (int r = 0; r < n; r++) {
     VecF32 p_high = broadcast(-kInf), q_high = p_high;
     for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
-      p_high = max(p_high, load_n(rows.teacher[r] + i, lanes, -kInf));
-      q_high = max(q_high, load_n(rows.student[r] + i, lanes, -kInf));
+      p_high = max(p_high, load_n(rows.p[r] + i, lanes, -kInf));
+      q_high = max(q_high, load_n(rows.q[r] + i, lanes, -kInf));
     });
     a[r] = p_high, b[r] = q_high;
   }
@@ -206,17 +207,17 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   constexpr int64_t block = kVectors ? int64_t(kVectors) * W : kSumBlock;
   for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     for (int r = 0; r < n; r++) {
-      const float *const teacher = rows.teacher[r] + begin, *const student =
-                                                                rows.student[r] + begin;
-      const float* const grad = rows.grad_student[r] ? rows.grad_student[r] + begin : nullptr;
+      const float *const p_logits = rows.p[r] + begin, *const q_logits = rows.q[r] + begin;
+      const float* const some_grad = rows.grad_q[r] ? rows.grad_q[r] : rows.grad_p[r];
+      const float* const grad = some_grad ? some_grad + begin : nullptr;
       float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
       const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
       VecF32 row_p{}, row_q{}, row_p_d{};
       for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
-        const VecF32 p = (load_n(teacher + i, lanes, -kInf) - p_max) * p_scale;
-        const VecF32 q = (load_n(student + i, lanes, -kInf) - q_max) * q_scale;
-        __builtin_prefetch(teacher + i + scale.p_ahead);
-        __builtin_prefetch(student + i + scale.q_ahead);
+        const VecF32 p = (load_n(p_logits + i, lanes, -kInf) - p_max) * p_scale;
+        const VecF32 q = (load_n(q_logits + i, lanes, -kInf) - q_max) * q_scale;
+        __builtin_prefetch(p_logits + i + scale.p_ahead);
+        __builtin_prefetch(q_logits + i + scale.q_ahead);
         if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
         const VecF32 p_exp = exp2(p), q_exp = exp2(q);
         row_p += p_exp;
@@ -233,10 +234,13 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   }
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
+  double d0_mean[W];         // sum of p d, d without the normalisers
   for (int r = 0; r < n; r++) p_row[r] = factor(rows, r, scale);
   for (int r = 0; r < n; r += kLanes<double>) {  // lane i is row r + i
     const VecF64 p = load<VecF64>(p_sum + r), q = load<VecF64>(q_sum + r), p_factor = 1.0 / p;
-    const VecF64 kl = (load<VecF64>(p_d + r) * p_factor + log2_of(q * p_factor)) * kLn2;
+    const VecF64 mean = load<VecF64>(p_d + r) * p_factor;
+    const VecF64 kl = (mean + log2_of(q * p_factor)) * kLn2;
+    store(d0_mean + r, mean);
     store(p_d + r, q == q ? kl : q);
     store(p_sum + r, p_factor);
     store(q_sum + r, 1.0 / q);
@@ -252,7 +256,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
 
   for (int r = 0; r < n; r++) {
     const float *const p_exps = scratch + 2 * r * C, *const q_exps = p_exps + C;
-    float* const grad = rows.grad_student[r];
+    float* const grad = rows.grad_q[r];
     if (!grad || !is_far[r]) continue;
     const VecF32 p_factor = broadcast(p_row[r]), q_factor = broadcast(q_row[r]);
     const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
@@ -265,10 +269,34 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     });
     is_far[r] = any(high >= small);
   }
+  for (int r = 0; r < n; r++) {
+    float* const grad = rows.grad_p[r];
+    if (!grad || !is_far[r]) continue;
+    if (rows.value[r] == kInf) {  // an infinite divergence has no gradient with respect to p
+      std::fill(grad, grad + C, 0.0f);
+      continue;
+    }
+    const float *const p_logits = rows.p[r], *const q_logits = rows.q[r];
+    const float* const p_exps = scratch + 2 * r * C;
+    const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
+    const VecF32 mean = broadcast(float(d0_mean[r]));
+    const float change_factor = float(rows.factor[r] * p_sum[r] * kLn2) * scale.p;
+    const float small = 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
+    VecF32 high{};
+    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
+      const VecF32 p = (load_n(p_logits + i, lanes, -kInf) - p_max) * p_scale;
+      const VecF32 q = (load_n(q_logits + i, lanes, -kInf) - q_max) * q_scale;
+      const VecF32 d = max(p - q, broadcast(kNoDifference));
+      const VecF32 change = load_n(p_exps + i, lanes, 0.0f) * (d - mean);
+      high = max(high, abs<float>(change));
+      store_n(grad + i, change * change_factor, lanes);
+    });
+    is_far[r] = any(high >= small);
+  }
   for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
-    float* const grad = rows.grad_student[r];
+    float* const grad = rows.grad_q[r];
     for (int64_t i = 0; grad && is_far[r] && i < C; i++)
-      grad[i] = rows.student[r][i] > -kInf ? grad[i] : 0.0f;
+      grad[i] = rows.q[r][i] > -kInf ? grad[i] : 0.0f;
   }
 }
 
@@ -279,13 +307,13 @@ struct Way {
 };
 
 template <bool kSameTemperature>
-Way way_of(const float* teacher, const float* student, int64_t C, KLScales scale, float p_max,
+Way way_of(const float* p_logits, const float* q_logits, int64_t C, KLScales scale, float p_max,
            float q_max) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   VecF32 d_high = broadcast(-kInf), d_low = broadcast(kInf);
   VecI32 nan{};
   for_each_vector<float>(C, [&](int64_t c, int lanes) {
-    const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
+    const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
     const VecF32 d = logit_difference<kSameTemperature>(p, q, scale, p_max, q_max);
     nan |= (p != p) | (q != q);
     d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
@@ -297,20 +325,20 @@ Way way_of(const float* teacher, const float* student, int64_t C, KLScales scale
 }
 
 template <bool kSameTemperature, int kVectors>
-void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
-  bool is_far[kMaxRows];
-  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far);
+  far_rows<kVectors>(rows, n, C, scale, largest, scratch, done);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
-    if (is_far[r]) continue;
-    const Way way = way_of<kSameTemperature>(rows.teacher[r], rows.student[r], C, scale,
-                                             largest.p[r], largest.q[r]);
+    if (done[r] || rows.grad_p[r]) continue;
+    done[r] = true;
+    const Way way =
+        way_of<kSameTemperature>(rows.p[r], rows.q[r], C, scale, largest.p[r], largest.q[r]);
     if (!way.valid) {
       rows.value[r] = kNan;
-      if (float* const grad = rows.grad_student[r]) std::fill(grad, grad + C, kNan);
+      if (float* const grad = rows.grad_q[r]) std::fill(grad, grad + C, kNan);
     } else if (way.near) {
       reference[near_count] = way.reference;
       near[near_count++] = r;
@@ -326,12 +354,12 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) 
 
 }  // namespace
 
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done) {
   with_row_vectors<float>(C, [&](auto vectors) {
     if (scale.p == scale.q) {
-      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch);
+      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch, done);
     } else {
-      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch);
+      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch, done);
     }
   });
 }

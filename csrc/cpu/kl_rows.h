@@ -1,5 +1,5 @@
-// KL(p || q) of several rows of float32 logits and its gradient with respect to q's logits: the
-// case that training spends its time in.
+// KL(p || q) of several rows of float32 logits and its gradients: the case that training spends its
+// time in.
 
 #pragma once
 
@@ -15,14 +15,13 @@ namespace KDKERNELS_TARGET {
 constexpr int kMaxRows = kLanes<float>;
 inline int rows_in_block(int64_t C) { return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows)); }
 
-// Pairs of rows, of [C] each. In kl_rows p is the teacher's, q the student's, and grad_teacher is
-// not looked at.
+// Pairs of rows, of [C] each.
 template <class Float>
 struct DivergenceRows {
-  const Float *student[kMaxRows], *teacher[kMaxRows];      // logits
-  Float *grad_student[kMaxRows], *grad_teacher[kMaxRows];  // (out), or null; none of the logits
-  double factor[kMaxRows];                                 // of the gradients
-  double value[kMaxRows];                                  // (out) the divergences
+  const Float *p[kMaxRows], *q[kMaxRows];      // logits
+  Float *grad_p[kMaxRows], *grad_q[kMaxRows];  // (out), or null; none of the logits
+  double factor[kMaxRows];                     // of the gradients
+  double value[kMaxRows];                      // (out) the divergences
 };
 using KLRows = DivergenceRows<float>;
 
@@ -34,8 +33,9 @@ struct KLScales {
 };
 
 // n <= rows_in_block(C) rows; scratch [n][2][C]. A row with a NaN, an infinity or no class left
-// gets NaN.
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch);
+// gets NaN. Not done (out) is a row whose gradient with respect to p is wanted and would lose more
+// in float32 than it may.
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

@@ -155,21 +155,23 @@ double jsd_row(const RowPair<Float>& row, const RowNormalisers& s, const RowGrad
     const VecF64 q = load_n(row.q_exp + c, n, 0.0) * q_factor;
     const VecF64 d =
         min(max(difference_at(row, s, c, n) + s.shift, broadcast(-kLargest)), broadcast(kLargest));
-    // m's logarithm over the one that is the greater part of it, then over the other.
-    const VecF64 less = min(p, q), more = max(p, q);
-    const VecF64 r = less / max(less + 2.0 * more, broadcast(1e-300));
-    const VecF64 log_more =
-        polynomial<double>(r * r, Series<Float>::kArtanh) * r + (p > q ? log_beta : log_alpha);
-    VecF64 p_log = p > q ? log_more : log_more - d, q_log = p > q ? log_more + d : log_more;
-    VecF64 term = -(p * p_log + q * q_log);
-    const VecF64 square = d * d;
-    const auto close = square < kClose * kClose;
-    if (any(close)) {  // from d, without the first-order parts, which cancel
-      const VecF64 rest = square * polynomial<double>(d, series);
-      const VecF64 ratio = d * polynomial<double>(-d, Series<Float>::kPlus);
-      p_log = close ? rest - alpha * d : p_log;
-      q_log = close ? rest + beta * d : q_log;
-      term = close ? p * (square * alpha) * (1.0 - ratio) - (p + q) * rest : term;
+    // From d, without the first-order parts, which cancel.
+    const VecF64 square = d * d, rest = square * polynomial<double>(d, series);
+    const VecF64 ratio = d * polynomial<double>(-d, Series<Float>::kPlus);
+    VecF64 p_log = rest - alpha * d, q_log = rest + beta * d;
+    VecF64 term = p * (square * alpha) * (1.0 - ratio) - (p + q) * rest;
+    const auto far = square >= kClose * kClose;
+    if (any(far)) {
+      // m's logarithm over the one that is the greater part of it, then over the other.
+      const VecF64 less = min(p, q), more = max(p, q);
+      const VecF64 r = less / max(less + 2.0 * more, broadcast(1e-300));
+      const VecF64 log_more =
+          polynomial<double>(r * r, Series<Float>::kArtanh) * r + (p > q ? log_beta : log_alpha);
+      const VecF64 far_p_log = p > q ? log_more : log_more - d;
+      const VecF64 far_q_log = p > q ? log_more + d : log_more;
+      p_log = far ? far_p_log : p_log;
+      q_log = far ? far_q_log : q_log;
+      term = far ? -(p * far_p_log + q * far_q_log) : term;
     }
     sum += term;
     if (grad.p) {

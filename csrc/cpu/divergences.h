@@ -9,6 +9,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/divergence.h"
+#include "cpu/jsd_rows.h"
 #include "cpu/kl_rows.h"
 #include "cpu/row.h"
 
@@ -36,21 +37,23 @@ class Divergences {
  public:
   Divergences(const DivergenceOptions& options, int64_t C, Arena& arena)
       : options_(options), mixture_(options.beta), C_(C) {
-    fast_ = sizeof(Float) == 4 && options.divergence != Divergence::jsd;
-    block_ = fast_ ? rows_in_block(C) : 1;
     scratch_ = arena.take<float>(2 * rows_in_block(C) * C);
     for (double*& row : wide_) row = arena.take<double>(C);
   }
 
   // Rows to hand over at once, at most.
-  int block() const { return block_; }
+  int block() const { return sizeof(Float) == 4 ? rows_in_block(C_) : 1; }
 
   void operator()(DivergenceRows<Float>& rows, int n) const {
     bool done[kMaxRows] = {};
     if constexpr (sizeof(Float) == 4) {
       const DivergenceSide &p = options_.p(), &q = options_.q();
       const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride};
-      if (fast_) kl_rows(rows, n, C_, scale, scratch_, done);
+      if (options_.divergence == Divergence::jsd) {
+        jsd_rows(rows, n, C_, scale, mixture_, scratch_, done);
+      } else {
+        kl_rows(rows, n, C_, scale, scratch_, done);
+      }
     }
     for (int i = 0; i < n; i++) {
       if (!done[i]) wide(rows, i);
@@ -70,8 +73,6 @@ class Divergences {
   DivergenceOptions options_;
   Mixture mixture_;
   int64_t C_;
-  bool fast_;
-  int block_;
   float* scratch_;
   double* wide_[4];
 };

@@ -197,12 +197,14 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     store(p_sum + r, p_factor);
     store(q_sum + r, 1.0 / q);
   }
+  // Two temperatures are rounded differently, and so are equal logits by them.
+  const float caution = scale.p == scale.q ? 1.0f : 2.0f;
   bool masked = false;  // a class that only q masks, for which the loss is infinite
   for (int r = 0; r < n; r++) {
     q_row[r] = float(q_sum[r]) * p_row[r];
     p_row[r] = float(p_sum[r]) * p_row[r];
     rows.value[r] = p_d[r];
-    is_far[r] = p_d[r] >= kFarLoss;
+    is_far[r] = p_d[r] >= (rows.grad_p[r] ? caution * caution * kFarLoss : kFarLoss);
     masked |= p_d[r] == kInf;
   }
 
@@ -233,7 +235,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
     const VecF32 mean = broadcast(float(d0_mean[r]));
     const float change_factor = float(rows.factor[r] * p_sum[r] * kLn2) * scale.p;
-    const float small = 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
+    const float small = caution * 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
     VecF32 high{};
     for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
       const VecF32 p = (load_n(p_logits + i, lanes, -kInf) - p_max) * p_scale;

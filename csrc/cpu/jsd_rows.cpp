@@ -25,7 +25,7 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
   constexpr int W = kLanes<float>;
   Maxima largest;
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kVectors, true>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
@@ -59,10 +59,11 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
       const VecF32 row_shift = broadcast(float(shift[r]));
       VecF32 row_p{}, row_q{};
       for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
-        const VecF32 p_less = (load_n(p_logits + i, lanes, -kInf) - p_max) * p_scale;
-        const VecF32 q_less = (load_n(q_logits + i, lanes, -kInf) - q_max) * q_scale;
-        const VecF32 d = min(max((p_less - q_less) + row_shift, broadcast(kNoDifference)),
-                             broadcast(-kNoDifference));
+        const VecF32 p_less = load_n(p_logits + i, lanes, -kInf) - p_max;
+        const VecF32 q_less = load_n(q_logits + i, lanes, -kInf) - q_max;
+        const VecF32 d0 = scaled_difference(p_less, q_less, p_scale, q_scale);
+        const VecF32 d =
+            min(max(d0 + row_shift, broadcast(kNoDifference)), broadcast(-kNoDifference));
         const VecF32 p = load_n(p_exps + i, lanes, 0.0f) * p_factor;  // m = p + q
         const VecF32 q = load_n(q_exps + i, lanes, 0.0f) * q_factor;
         // m's logarithm over the one that is the greater part of it, then over the other.

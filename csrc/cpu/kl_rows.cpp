@@ -183,7 +183,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kVectors, true>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
   double d0_mean[W];         // sum of p d, d without the normalisers
@@ -238,9 +238,9 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     const float small = caution * 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
     VecF32 high{};
     for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
-      const VecF32 p = (load_n(p_logits + i, lanes, -kInf) - p_max) * p_scale;
-      const VecF32 q = (load_n(q_logits + i, lanes, -kInf) - q_max) * q_scale;
-      const VecF32 d = max(p - q, broadcast(kNoDifference));
+      const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
+      const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
+      const VecF32 d = max(scaled_difference(p, q, p_scale, q_scale), broadcast(kNoDifference));
       const VecF32 change = load_n(p_exps + i, lanes, 0.0f) * (d - mean);
       high = max(high, abs<float>(change));
       store_n(grad + i, change * change_factor, lanes);

@@ -45,29 +45,32 @@ class Divergences {
   int block() const { return sizeof(Float) == 4 ? rows_in_block(C_) : 1; }
 
   void operator()(DivergenceRows<Float>& rows, int n) const {
-    bool done[kMaxRows] = {};
+    Left left[kMaxRows];
+    std::fill(left, left + n, Left{true, true, true});
     if constexpr (sizeof(Float) == 4) {
       const DivergenceSide &p = options_.p(), &q = options_.q();
       const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride};
       if (options_.divergence == Divergence::jsd) {
-        jsd_rows(rows, n, C_, scale, mixture_, scratch_, done);
+        jsd_rows(rows, n, C_, scale, mixture_, scratch_, left);
       } else {
-        kl_rows(rows, n, C_, scale, scratch_, done);
+        kl_rows(rows, n, C_, scale, scratch_, left);
       }
     }
     for (int i = 0; i < n; i++) {
-      if (!done[i]) wide(rows, i);
+      if (left[i].value || left[i].grad_p || left[i].grad_q) wide(rows, i, left[i]);
     }
   }
 
  private:
-  void wide(DivergenceRows<Float>& rows, int i) const {
+  void wide(DivergenceRows<Float>& rows, int i, Left left) const {
     const double p_scale = options_.p().scale, q_scale = options_.q().scale;
     const RowPair<Float> pair{rows.p[i], rows.q[i], p_scale,  q_scale, C_,
                               wide_[0],  wide_[1],  wide_[2], wide_[3]};
-    const RowGradients<Float> grad{rows.grad_p[i], rows.grad_q[i], rows.factor[i] * p_scale,
+    const RowGradients<Float> grad{left.grad_p ? rows.grad_p[i] : nullptr,
+                                   left.grad_q ? rows.grad_q[i] : nullptr, rows.factor[i] * p_scale,
                                    rows.factor[i] * q_scale};
-    rows.value[i] = divergence_row(options_.divergence, mixture_, pair, grad);
+    const double value = divergence_row(options_.divergence, mixture_, pair, grad);
+    if (left.value) rows.value[i] = value;
   }
 
   DivergenceOptions options_;

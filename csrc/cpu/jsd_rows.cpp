@@ -20,7 +20,7 @@ constexpr double kArtanh[] = {2.885390093, 0.9617917163, 0.5774328505, 0.4034519
 
 template <int kVectors>
 void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mix, float* scratch,
-                 bool* done) {
+                 Left* left) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int W = kLanes<float>;
   Maxima largest;
@@ -37,8 +37,10 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
   bool some = false;
   for (int r = 0; r < n; r++) {
     // Of close distributions the divergence is alpha beta KL(p || q): it will not do.
-    done[r] = (p_d[r] / p_sum[r] + shift[r]) * kLn2 >= kFarLoss / (mix.alpha * mix.beta);
-    some |= done[r];
+    const double kl = (p_d[r] / p_sum[r] + shift[r]) * kLn2;
+    const bool close = !(kl >= kFarLoss / (mix.alpha * mix.beta));
+    left[r] = {close, close, close};
+    some |= !close;
   }
   if (!some) return;
 
@@ -48,7 +50,7 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
   for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
     for (int r = 0; r < n; r++) {
       a[r] = b[r] = VecF32{};
-      if (!done[r]) continue;
+      if (left[r].value) continue;
       const float *const p_logits = rows.p[r] + begin, *const q_logits = rows.q[r] + begin;
       const float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
       float* const p_logs = rows.grad_p[r] ? rows.grad_p[r] + begin : nullptr;
@@ -86,10 +88,12 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
 
   for (int r = 0; r < n; r++) {
     rows.value[r] = -(p_mean[r] + q_mean[r]) * kLn2;
-    done[r] = done[r] && rows.value[r] >= kFarLoss;
-    // From logarithms to the gradient.
+    if (left[r].value) continue;
+    const bool close = !(rows.value[r] >= kFarLoss);
+    left[r] = {close, close, close};
+    if (close) continue;
+    // From logarithms to the gradient. Returns whether that is left.
     const auto gradient = [&](float* grad, const float* exps, float mean, double factor) {
-      if (!grad || !done[r]) return;
       const float small = kFarGradient * (1 + std::fabs(mean)), change_factor = float(factor);
       VecF32 high{};
       for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
@@ -98,23 +102,25 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
         high = max(high, abs<float>(change));
         store_n(grad + i, change * change_factor, lanes);
       });
-      done[r] = any(high >= small);
+      return !any(high >= small);
     };
     const double factor = rows.factor[r] * kLn2;
     const float* const p_exps = scratch + 2 * r * C;
-    gradient(rows.grad_p[r], p_exps, float(p_mean[r] / mix.beta),
-             factor * scale.p * mix.beta / p_sum[r]);
-    gradient(rows.grad_q[r], p_exps + C, float(q_mean[r] / mix.alpha),
-             factor * scale.q * mix.alpha / q_sum[r]);
+    if (rows.grad_p[r])
+      left[r].grad_p = gradient(rows.grad_p[r], p_exps, float(p_mean[r] / mix.beta),
+                                factor * scale.p * mix.beta / p_sum[r]);
+    if (rows.grad_q[r])
+      left[r].grad_q = gradient(rows.grad_q[r], p_exps + C, float(q_mean[r] / mix.alpha),
+                                factor * scale.q * mix.alpha / q_sum[r]);
   }
 }
 
 }  // namespace
 
 void jsd_rows(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mixture,
-              float* scratch, bool* done) {
+              float* scratch, Left* left) {
   with_row_vectors<float>(
-      C, [&](auto vectors) { jsd_rows_of<vectors()>(rows, n, C, scale, mixture, scratch, done); });
+      C, [&](auto vectors) { jsd_rows_of<vectors()>(rows, n, C, scale, mixture, scratch, left); });
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -11,10 +11,10 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// n <= rows_in_block(C) rows; scratch [n][2][C]. Not done (out) is a row that would lose more in
-// float32 than it may, or has a NaN, an infinity or no class left.
+// n <= rows_in_block(C) rows; scratch [n][2][C]; left [n] (out). A row with a NaN, an infinity or
+// no class left is left.
 void jsd_rows(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mixture,
-              float* scratch, bool* done);
+              float* scratch, Left* left);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

@@ -177,7 +177,7 @@ constexpr float kFarGradient = 0.1f;
 
 template <int kVectors>
 void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
-              bool* is_far) {
+              bool* is_far, Left* left) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int W = kLanes<float>;
   // Logarithms are to the base 2 until the sums are complete.
@@ -204,7 +204,8 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     q_row[r] = float(q_sum[r]) * p_row[r];
     p_row[r] = float(p_sum[r]) * p_row[r];
     rows.value[r] = p_d[r];
-    is_far[r] = p_d[r] >= (rows.grad_p[r] ? caution * caution * kFarLoss : kFarLoss);
+    is_far[r] = p_d[r] >= kFarLoss;
+    left[r] = {false, rows.grad_p[r] && !(p_d[r] >= caution * caution * kFarLoss), false};
     masked |= p_d[r] == kInf;
   }
 
@@ -225,7 +226,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   }
   for (int r = 0; r < n; r++) {
     float* const grad = rows.grad_p[r];
-    if (!grad || !is_far[r]) continue;
+    if (!grad || left[r].grad_p) continue;
     if (rows.value[r] == kInf) {  // an infinite divergence has no gradient with respect to p
       std::fill(grad, grad + C, 0.0f);
       continue;
@@ -245,7 +246,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
       high = max(high, abs<float>(change));
       store_n(grad + i, change * change_factor, lanes);
     });
-    is_far[r] = any(high >= small);
+    left[r].grad_p = !any(high >= small);
   }
   for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
     float* const grad = rows.grad_q[r];
@@ -279,15 +280,19 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, KLScales sca
 }
 
 template <bool kSameTemperature, int kVectors>
-void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done) {
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
-  far_rows<kVectors>(rows, n, C, scale, largest, scratch, done);
+  bool is_far[kMaxRows];
+  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
-    if (done[r] || rows.grad_p[r]) continue;
-    done[r] = true;
+    if (is_far[r]) continue;
+    if (left[r].grad_p && !rows.grad_q[r]) {
+      left[r].value = true;
+      continue;
+    }
     const Way way =
         way_of<kSameTemperature>(rows.p[r], rows.q[r], C, scale, largest.p[r], largest.q[r]);
     if (!way.valid) {
@@ -308,12 +313,12 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, 
 
 }  // namespace
 
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done) {
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
   with_row_vectors<float>(C, [&](auto vectors) {
     if (scale.p == scale.q) {
-      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch, done);
+      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch, left);
     } else {
-      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch, done);
+      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch, left);
     }
   });
 }

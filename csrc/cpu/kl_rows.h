@@ -25,6 +25,12 @@ struct DivergenceRows {
 };
 using KLRows = DivergenceRows<float>;
 
+// What of a row float32 would round to more than it may, and is for divergence.h to make. What one
+// gradient is made from does not depend on whether the other is wanted.
+struct Left {
+  bool value, grad_p, grad_q;
+};
+
 struct KLScales {
   float p, q;  // 1 / temperature
   // Elements from a row to the one that takes its place in the next block: fetched while this one
@@ -32,10 +38,9 @@ struct KLScales {
   int64_t p_ahead, q_ahead;
 };
 
-// n <= rows_in_block(C) rows; scratch [n][2][C]. A row with a NaN, an infinity or no class left
-// gets NaN. Not done (out) is a row whose gradient with respect to p is wanted and would lose more
-// in float32 than it may.
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, bool* done);
+// n <= rows_in_block(C) rows; scratch [n][2][C]; left [n] (out). A row with a NaN, an infinity or
+// no class left gets NaN, or is left.
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

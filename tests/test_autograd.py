@@ -253,17 +253,19 @@ def test_an_utterance_alone_and_in_a_batch(on, regime):
         assert torch.equal(torch.autograd.grad(terms.loss.sum(), y)[0], both_grad[:T, n : n + 1])
 
 
-def test_a_row_alone_and_in_a_batch(on):
-    s, t = (
-        randn(6, 501, seed=13).float().to(on.device),
-        randn(6, 501, seed=14).float().to(on.device),
-    )
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("C", [20, 501])
+def test_a_row_alone_and_in_a_batch(on, divergence, C):
+    """Rows from near ones to far ones, which are computed in different ways."""
+    t = randn(6, C, seed=13)
+    s = (t + randn(6, C, seed=14) * torch.logspace(-3, 1, 6)[:, None]).float().to(on.device)
+    t = t.float().to(on.device)
     x = on.leaf(s)
-    loss = on.kd_loss(x, t, reduction="none")
+    loss = on.kd_loss(x, t, reduction="none", divergence=divergence)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     for n in range(6):
         y = on.leaf(s[n])
-        alone = on.kd_loss(y, t[n], reduction="none")
+        alone = on.kd_loss(y, t[n], reduction="none", divergence=divergence)
         assert torch.equal(alone, loss[n])
         assert torch.equal(torch.autograd.grad(alone, y)[0], grad[n])
 

@@ -124,6 +124,71 @@ def test_each_row_of_few_classes(on, C):
     check(on, s, t, torch.float32, reduction="none", temperature=2.0)
 
 
+def check_each_row(on, s, t, divergence, **options):
+    """Gradients relative to the largest of their own row, to each side alone and to both."""
+    s, t = s.float(), t.float()
+    options["divergence"] = divergence
+    expected, *grads = kd_oracle(s, t, reduction="none", **options)
+    for wanted in ((True, False), (False, True), (True, True)):
+        x, y = (on.leaf(v) if w else v.to(on.device) for v, w in zip((s, t), wanted, strict=True))
+        loss = on.kd_loss(x, y, reduction="none", **options)
+        loss.sum().backward()
+        assert (loss >= 0).all()
+        assert_loss(loss, expected, torch.float32, kd=True)
+        for v, grad in ((x, grads[0]), (y, grads[1])):
+            for row, expected_row in zip(v.grad if v.requires_grad else (), grad, strict=False):
+                assert_kd_grad(row, expected_row, torch.float32)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("certain", ["student", "teacher", "both", "another class each"])
+def test_each_row_on_its_way_to_certainty(on, divergence, certain):
+    """A row that is certain has gradients that are small against its probabilities."""
+    s, t, certainty = randn(17, 70, seed=30), randn(17, 70, seed=31), torch.linspace(0, 16, 17)
+    if certain != "teacher":
+        s[:, 0] += certainty
+    if certain != "student":
+        t[:, 1 if certain == "another class each" else 0] += certainty
+    check_each_row(on, s, t, divergence)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher_temperature", [2.0, 3.1])
+@pytest.mark.parametrize("C", [2, 30, 600])
+def test_each_row_from_near_to_far(on, divergence, teacher_temperature, C):
+    t = randn(24, C, seed=32, scale=2)
+    s = t + randn(24, C, seed=33) * torch.logspace(-3, 1, 24)[:, None]
+    options = {"temperature": 2.0, "teacher_temperature": teacher_temperature}
+    check_each_row(on, s, t, divergence, **options)
+
+
+@pytest.mark.parametrize("step", [1 / 70, 1 / 64, 1 / 58, 0.2, 3.0])
+@pytest.mark.parametrize("beta", [1e-4, 0.1, 0.5, 0.97])
+def test_any_mixture(on, step, beta):
+    """Every d is one of two numbers."""
+    t = randn(6, 50, seed=34)
+    s = t + step * (randn(6, 50, seed=35) > 0)
+    check_each_row(on, s, t, "jsd", beta=beta)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_rows_of_few_values(on, divergence):
+    """Their sums are rounded the same way again and again."""
+    g = torch.Generator().manual_seed(36)
+    s, t = (
+        torch.randn(12, 2, generator=g).gather(1, torch.randint(2, (12, 900), generator=g))
+        for _ in range(2)
+    )
+    s[:, 0] += torch.linspace(0, 11, 12)
+    s, t = on.leaf(s), t.to(on.device)
+    expected, grad, _ = kd_oracle(s, t, divergence=divergence, reduction="none")
+    loss = on.kd_loss(s, t, divergence=divergence, reduction="none")
+    loss.sum().backward()
+    assert_loss(loss, expected, torch.float32, kd=True)
+    for row, expected_row in zip(s.grad, grad, strict=True):
+        assert_kd_grad(row, expected_row, torch.float32)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_far_apart(on, divergence):
     """The teacher certain of one class, the student of another."""

@@ -100,8 +100,8 @@ class Viterbi {
       steps[j] = {uint8_t(lane_bits(before > blank)), uint8_t(lane_bits(blank > label)),
                   uint8_t(lane_bits(skips))};
       store(blank_ + j * W, max(blank, before) + p_blank);
-      store(label_ + j * W,
-            (skips ? before : from_blank) + (load_wide(label_logits_ + j * W) - max_logit));
+      store(label_ + j * W, (skips ? before : from_blank) +
+                                (load_wide(label_logits_ + j * W, W, Float(0)) - max_logit));
       last = label;
     }
   }

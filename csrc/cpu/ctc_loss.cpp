@@ -145,13 +145,11 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
     p.zero_infinity = zero_infinity, p.posteriors = posteriors;
     p.labelled = labelled;
     p.frame_weight = static_cast<const Float*>(frame_weight);
-    p.divergence = {Divergence(divergence),
-                    {DType(dtype), DType(teacher_dtype), kOwnDType<Float>},
-                    1 / temperature,
-                    1 / teacher_temperature,
-                    beta,
-                    stride_t,
-                    teacher_stride_t};
+    p.divergence = {
+        Divergence(divergence),
+        {DType(dtype), kOwnDType<Float>, 1 / temperature, stride_t},
+        {DType(teacher_dtype), DType(teacher_dtype), 1 / teacher_temperature, teacher_stride_t},
+        beta};
     p.kd_factor = rescale ? temperature * temperature : 1.0;
 
     const bool mean = Reduction(reduction) == Reduction::mean;

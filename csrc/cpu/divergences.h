@@ -5,96 +5,79 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "cpu/arena.h"
 #include "cpu/divergence.h"
+#include "cpu/jsd_rows.h"
 #include "cpu/kl_rows.h"
 #include "cpu/row.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-struct DivergenceDtypes {
-  DType student, teacher, grad_student;  // the teacher's gradient has the teacher's
+struct DivergenceSide {
+  DType dtype, grad_dtype;
+  double scale;    // 1 / temperature
+  int64_t stride;  // elements from a row to the next, as far as there is one
 };
 
 struct DivergenceOptions {
   Divergence divergence;
-  DivergenceDtypes dtype;
-  double student_scale, teacher_scale;  // 1 / temperature
+  DivergenceSide student, teacher;
   double beta;
-  // Elements from a row to the next, as far as there is one.
-  int64_t student_stride, teacher_stride;
+  // The two of KL(p || q), and of JSD(p, q) = beta KL(p || m) + (1 - beta) KL(q || m).
+  bool student_is_p() const { return divergence == Divergence::reverse_kl; }
+  const DivergenceSide& p() const { return student_is_p() ? student : teacher; }
+  const DivergenceSide& q() const { return student_is_p() ? teacher : student; }
 };
 
 template <class Float>
 class Divergences {
  public:
   Divergences(const DivergenceOptions& options, int64_t C, Arena& arena)
-      : options_(options), C_(C) {
-    fast_ = sizeof(Float) == 4 && options.divergence == Divergence::forward_kl;
-    block_ = fast_ ? rows_in_block(C) : 1;
+      : options_(options), mixture_(options.beta), C_(C) {
     scratch_ = arena.take<float>(2 * rows_in_block(C) * C);
     for (double*& row : wide_) row = arena.take<double>(C);
   }
 
   // Rows to hand over at once, at most.
-  int block() const { return block_; }
+  int block() const { return sizeof(Float) == 4 ? rows_in_block(C_) : 1; }
 
   void operator()(DivergenceRows<Float>& rows, int n) const {
+    Left left[kMaxRows];
+    std::fill(left, left + n, Left{true, true, true});
     if constexpr (sizeof(Float) == 4) {
-      if (fast_) {
-        const KLScales scale{float(options_.teacher_scale), float(options_.student_scale),
-                             n * options_.teacher_stride, n * options_.student_stride};
-        kl_rows(rows, n, C_, scale, scratch_);
-        for (int i = 0; i < n; i++) {  // the teacher's gradient has logarithms in it
-          if (rows.grad_teacher[i]) wide(rows, i, nullptr);
-        }
-        return;
+      const DivergenceSide &p = options_.p(), &q = options_.q();
+      const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride};
+      if (options_.divergence == Divergence::jsd) {
+        jsd_rows(rows, n, C_, scale, mixture_, scratch_, left);
+      } else {
+        kl_rows(rows, n, C_, scale, scratch_, left);
       }
     }
-    for (int i = 0; i < n; i++) wide(rows, i, rows.grad_student[i]);
+    for (int i = 0; i < n; i++) {
+      if (left[i].value || left[i].grad_p || left[i].grad_q) wide(rows, i, left[i]);
+    }
   }
 
  private:
-  void wide(DivergenceRows<Float>& rows, int i, Float* row_grad_student) const {
-    Float* const row_grad_teacher = rows.grad_teacher[i];
-    const auto input = [&](const Float* x, double* scratch) {
-      if constexpr (sizeof(Float) == 8) return x;
-      std::copy(x, x + C_, scratch);
-      return static_cast<const double*>(scratch);
-    };
-    const auto output = [&](Float* x, double* scratch) -> double* {
-      if constexpr (sizeof(Float) == 8) return x;
-      return x ? scratch : nullptr;
-    };
-    const double* const student = input(rows.student[i], wide_[0]);
-    const double* const teacher = input(rows.teacher[i], wide_[1]);
-    double* const grad_student = output(row_grad_student, wide_[2]);
-    double* const grad_teacher = output(row_grad_teacher, wide_[3]);
-    RowPair pair{teacher,  student, options_.teacher_scale, options_.student_scale, C_,
-                 wide_[4], wide_[5]};
-    RowGradients grad{grad_teacher, grad_student, rows.factor[i] * options_.teacher_scale,
-                      rows.factor[i] * options_.student_scale};
-    if (options_.divergence == Divergence::reverse_kl) {
-      std::swap(pair.p_logits, pair.q_logits);
-      std::swap(pair.p_scale, pair.q_scale);
-      std::swap(grad.p, grad.q);
-      std::swap(grad.p_factor, grad.q_factor);
-    }
-    rows.value[i] = divergence_row(options_.divergence, options_.beta, pair, grad);
-    if constexpr (sizeof(Float) == 4) {
-      if (grad_student) std::copy(grad_student, grad_student + C_, row_grad_student);
-      if (grad_teacher) std::copy(grad_teacher, grad_teacher + C_, row_grad_teacher);
-    }
+  void wide(DivergenceRows<Float>& rows, int i, Left left) const {
+    const double p_scale = options_.p().scale, q_scale = options_.q().scale;
+    const RowPair<Float> pair{rows.p[i], rows.q[i], p_scale,  q_scale, C_,
+                              wide_[0],  wide_[1],  wide_[2], wide_[3]};
+    const RowGradients<Float> grad{left.grad_p ? rows.grad_p[i] : nullptr,
+                                   left.grad_q ? rows.grad_q[i] : nullptr, rows.factor[i] * p_scale,
+                                   rows.factor[i] * q_scale};
+    const double value = divergence_row(options_.divergence, mixture_, pair, grad);
+    if (left.value) rows.value[i] = value;
   }
 
   DivergenceOptions options_;
+  Mixture mixture_;
   int64_t C_;
-  bool fast_;
-  int block_;
   float* scratch_;
-  double* wide_[6];
+  double* wide_[4];
 };
 
 // Rows of one tensor: the address of the first, and bytes from a row to the next. A gradient that
@@ -110,23 +93,32 @@ template <class Float>
 class DivergenceBlock {
  public:
   DivergenceBlock(const DivergenceOptions& options, int64_t C, Arena& arena)
-      : divergences_(options, C, arena), dtype_(options.dtype), C_(C) {
+      : divergences_(options, C, arena),
+        swapped_(options.student_is_p()),
+        dtypes_{options.p().dtype, options.q().dtype},
+        grad_dtypes_{options.p().grad_dtype, options.q().grad_dtype},
+        C_(C) {
     constexpr DType own = kOwnDType<Float>;
-    converts_ = dtype_.student != own || dtype_.teacher != own || dtype_.grad_student != own;
+    converts_ =
+        dtypes_[0] != own || dtypes_[1] != own || grad_dtypes_[0] != own || grad_dtypes_[1] != own;
     for (Float*& rows : converted_) rows = arena.take<Float>(rows_in_block(C) * C);
   }
 
   // n pairs of rows. values [n] get the divergences, at the latest in flush().
   void add(int64_t n, RowsAt student, RowsAt teacher, RowsAt grad_student, RowsAt grad_teacher,
            double factor, double* values) {
+    if (swapped_) {
+      std::swap(student, teacher);
+      std::swap(grad_student, grad_teacher);
+    }
     for (int64_t i = 0; i < n;) {
       const int begin = count_, end = int(std::min<int64_t>(divergences_.block(), begin + n - i));
       const int64_t shift = i - begin;
       for (int k = begin; k < end; k++) {
-        rows_.student[k] = static_cast<const Float*>(student[k + shift]);
-        rows_.teacher[k] = static_cast<const Float*>(teacher[k + shift]);
-        rows_.grad_student[k] = static_cast<Float*>(grad_student[k + shift]);
-        rows_.grad_teacher[k] = static_cast<Float*>(grad_teacher[k + shift]);
+        rows_.p[k] = static_cast<const Float*>(teacher[k + shift]);
+        rows_.q[k] = static_cast<const Float*>(student[k + shift]);
+        rows_.grad_p[k] = static_cast<Float*>(grad_teacher[k + shift]);
+        rows_.grad_q[k] = static_cast<Float*>(grad_student[k + shift]);
         rows_.factor[k] = factor;
         values_[k] = values + (k + shift);
       }
@@ -142,8 +134,8 @@ class DivergenceBlock {
     divergences_(rows_, count_);
     for (int k = 0; k < count_; k++) *values_[k] = rows_.value[k];
     for (int k = 0; converts_ && k < count_; k++) {
-      finish_row(grads_[0][k], dtype_.grad_student, C_, rows_.grad_student[k]);
-      finish_row(grads_[1][k], dtype_.teacher, C_, rows_.grad_teacher[k]);
+      finish_row(grads_[0][k], grad_dtypes_[0], C_, rows_.grad_p[k]);
+      finish_row(grads_[1][k], grad_dtypes_[1], C_, rows_.grad_q[k]);
     }
     count_ = 0;
   }
@@ -153,19 +145,20 @@ class DivergenceBlock {
   void convert(int begin, int end) {
     for (int k = begin; k < end; k++) {
       const int64_t at = k * C_;
-      grads_[0][k] = rows_.grad_student[k];
-      grads_[1][k] = rows_.grad_teacher[k];
-      rows_.student[k] = load_row(rows_.student[k], dtype_.student, C_, converted_[0] + at);
-      rows_.teacher[k] = load_row(rows_.teacher[k], dtype_.teacher, C_, converted_[1] + at);
+      grads_[0][k] = rows_.grad_p[k];
+      grads_[1][k] = rows_.grad_q[k];
+      rows_.p[k] = load_row(rows_.p[k], dtypes_[0], C_, converted_[0] + at);
+      rows_.q[k] = load_row(rows_.q[k], dtypes_[1], C_, converted_[1] + at);
       if (grads_[0][k])
-        rows_.grad_student[k] = begin_row(grads_[0][k], dtype_.grad_student, converted_[2] + at);
+        rows_.grad_p[k] = begin_row(grads_[0][k], grad_dtypes_[0], converted_[2] + at);
       if (grads_[1][k])
-        rows_.grad_teacher[k] = begin_row(grads_[1][k], dtype_.teacher, converted_[3] + at);
+        rows_.grad_q[k] = begin_row(grads_[1][k], grad_dtypes_[1], converted_[3] + at);
     }
   }
 
   Divergences<Float> divergences_;
-  const DivergenceDtypes dtype_;
+  const bool swapped_;                      // reverse KL: p is the student's
+  const DType dtypes_[2], grad_dtypes_[2];  // of p and q
   const int64_t C_;
   bool converts_;  // one of the dtypes is not Float's
   Float* converted_[4];

@@ -105,13 +105,11 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
   const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
   const Rows student_grads(grad_student, student_dtype, dims, layout, 2);
   const Rows teacher_grads(grad_teacher, teacher_dtype, dims, layout, 3);
-  const DivergenceOptions options{divergence,
-                                  {student_dtype, teacher_dtype, student_dtype},
-                                  1 / temperature,
-                                  1 / teacher_temperature,
-                                  beta,
-                                  students.stride(),
-                                  teachers.stride()};
+  const DivergenceOptions options{
+      divergence,
+      {student_dtype, student_dtype, 1 / temperature, students.stride()},
+      {teacher_dtype, teacher_dtype, 1 / teacher_temperature, teachers.stride()},
+      beta};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
     Arena arena(workspace + omp_get_thread_num() * piece);

@@ -6,13 +6,15 @@
 // never formed. With a reference c in the middle of d0 = scaled difference of the logits, the
 // normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss and the gradient
 // keep their relative accuracy down to identical rows, where both are exactly 0. The other rows
-// take two exponentials a class.
+// take two exponentials a class. With two temperatures equal probabilities come from unlike logits,
+// and only the rows that are "far" are for float32.
 
 #include "cpu/kl_rows.h"
 
 #include <cmath>
 #include <limits>
 
+#include "cpu/exp_rows.h"
 #include "cpu/simd_lanes.h"
 #include "cpu/simd_math.h"
 
@@ -20,46 +22,20 @@ namespace kdkernels {
 namespace KDKERNELS_TARGET {
 namespace {
 
-// Classes summed in float before the sum goes on in double, so that rounding does not grow with C.
-constexpr int64_t kSumBlock = 32 * kLanes<float>;
-
 KDKERNELS_INLINE float factor(const KLRows& rows, int r, KLScales scale) {
   return float(rows.factor[r]) * scale.q;
 }
 
-struct Maxima {
-  float p[kMaxRows], q[kMaxRows];  // the largest logits of each row
-};
-
-// d0, in units of the logits where there is one temperature; else from the logits less their
-// maxima, which may be much larger than what is left.
-template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 logit_difference(VecF32 p, VecF32 q, KLScales scale, float p_max,
-                                         float q_max) {
-  if constexpr (kSameTemperature) return p - q;
-  p -= p_max, q -= q_max;
-  const VecF32 d = p * (scale.p - scale.q) + (p - q) * scale.q;
-  return p > -std::numeric_limits<float>::infinity() ? d : p - q;
-}
-
-// d0 - c; 0 for a class that is masked in both. The rounding of p - q is carried along, since the
-// logits may differ by a constant much larger than what is left of d0.
-template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, KLScales scale, float p_max,
-                                        float q_max, float reference) {
-  VecF32 d;
-  if constexpr (kSameTemperature) {
-    const VecF32 difference = p - q, minus_q = difference - p;
-    const VecF32 lost = (p - (difference - minus_q)) - (q + minus_q);
-    d = ((difference - reference) + lost) * scale.p;
-  } else {
-    d = logit_difference<kSameTemperature>(p, q, scale, p_max, q_max) - reference;
-  }
+// d0 - c, c in units of the logits; 0 for a class that is masked in both. The rounding of p - q is
+// carried along, since the logits may differ by a constant much larger than what is left of d0.
+KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, float reference) {
+  const VecF32 difference = p - q, minus_q = difference - p;
+  const VecF32 lost = (p - (difference - minus_q)) - (q + minus_q);
+  const VecF32 d = ((difference - reference) + lost) * scale;
   return d == d ? d : VecF32{};
 }
 
 // Rows number `index[0..n)` of the block, all of them near; `reference`: c of each.
-template <bool kSameTemperature>
 void near_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
                KLScales scale, const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -67,14 +43,14 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
     VecF32 sums[kMaxRows], changes[kMaxRows];
     for (int i = 0; i < n; i++) {
-      const float *const teacher = rows.teacher[index[i]], *const student = rows.student[index[i]];
-      const float p_max = largest.p[index[i]], q_max = largest.q[index[i]];
+      const float *const p_logits = rows.p[index[i]], *const q_logits = rows.q[index[i]];
+      const float p_max = largest.p[index[i]];
       float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-        const VecF32 d = near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]);
+        const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
+        const VecF32 d = near_difference(p, q, scale.p, reference[i]);
         const VecF32 e = exp<float>(p - p_max, scale.p);
         row_sum += e;
         row_change += e * (expm1_plus<float>(d) - d);
@@ -92,20 +68,18 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
     VecF32 kls[kMaxRows];
     for (int i = 0; i < n; i++) {
       const int r = index[i];
-      const float *const teacher = rows.teacher[r], *const student = rows.student[r];
-      const float p_max = largest.p[r], q_max = largest.q[r];
+      const float *const p_logits = rows.p[r], *const q_logits = rows.q[r];
       const float* const exps = scratch + 2 * r * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-        const VecF32 d =
-            near_difference<kSameTemperature>(p, q, scale, p_max, q_max, reference[i]) + row_shift;
+        const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
+        const VecF32 d = near_difference(p, q, scale.p, reference[i]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
-        if (rows.grad_student[r])
-          store_n(rows.grad_student[r] + c, prob * (plus - d) * factor(rows, r, scale), lanes);
+        if (rows.grad_q[r])
+          store_n(rows.grad_q[r] + c, prob * (plus - d) * factor(rows, r, scale), lanes);
       });
       kls[i] = row_kl;
     }
@@ -114,18 +88,10 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
   for (int i = 0; i < n; i++) rows.value[index[i]] = kl[i];
 }
 
-// d of a class of rows that are not near, from the logits less their maxima: what is rounded is
-// small wherever the probability is not. One product where there is one temperature, so that equal
-// logits have d0 = 0 exactly.
-template <bool kSameTemperature>
-KDKERNELS_INLINE VecF32 close_difference(VecF32 p, VecF32 q, KLScales scale) {
-  return kSameTemperature ? (p - q) * scale.p : p * scale.p - q * scale.q;
-}
-
 // Rows of which some classes are close all the same, or whose loss or gradient is small against the
-// probabilities: the terms p d + q - p and the differences q - p from d where it is small. The
-// exponentials are in `scratch`.
-template <bool kSameTemperature>
+// probabilities: the terms p d + q - p and the differences q - p from d where it is small; d from
+// the logits less their maxima, since then what is rounded is small wherever the probability is
+// not. The exponentials are in `scratch`.
 void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale,
                 const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -155,17 +121,17 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(rows.teacher[row] + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(rows.student[row] + c, lanes, -kInf) - q_max;
-        const VecF32 d = close_difference<kSameTemperature>(p, q, scale) + shift;
+        const VecF32 p = load_n(rows.p[row] + c, lanes, -kInf) - p_max;
+        const VecF32 q = load_n(rows.q[row] + c, lanes, -kInf) - q_max;
+        const VecF32 d = (p - q) * scale.p + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
         const auto close = abs<float>(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
-        if (rows.grad_student[row])
-          store_n(rows.grad_student[row] + c, change * factor(rows, row, scale), lanes);
+        if (rows.grad_q[row])
+          store_n(rows.grad_q[row] + c, change * factor(rows, row, scale), lanes);
       });
       kl += double(reduce_add(row_kl));
     }
@@ -173,86 +139,51 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
   }
 }
 
-// Tries every row as one that is far: a loss of at least kFarLoss, and a gradient that is at least
-// kFarGradient of the largest probability somewhere; then KL = sum p d and q - p lose nothing. Says
+// Tries every row as one that is far: a loss of at least kFarLoss, and gradients that are somewhere
+// at least kFarGradient of what they are the difference of: of the largest probability, and for
+// p (d - KL) of that times the two terms. Then KL = sum p d and the differences lose nothing. Says
 // which rows are not, whose results are for the others to make; rows with a NaN, an infinity or no
 // class left are among them. The exponentials stay in `scratch`.
 constexpr double kFarLoss = 0.125;
 constexpr float kFarGradient = 0.1f;
-// In place of d where that is -inf, or NaN: p is 0 there.
-constexpr float kNoDifference = -1e30f;
 
 template <int kVectors>
 void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
-              bool* is_far) {
+              bool* is_far, Left* left) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int W = kLanes<float>;
-  const auto larger = [](VecF32 a, VecF32 b) { return max(a, b); };
-  VecF32 a[kMaxRows], b[kMaxRows], c[kMaxRows];  // one vector a row, to be reduced
-  for (int r = 0; r < n; r++) {
-    VecF32 p_high = broadcast(-kInf), q_high = p_high;
-    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
-      p_high = max(p_high, load_n(rows.teacher[r] + i, lanes, -kInf));
-      q_high = max(q_high, load_n(rows.student[r] + i, lanes, -kInf));
-    });
-    a[r] = p_high, b[r] = q_high;
-  }
-  store(largest.p, reduce_rows(a, n, larger));
-  store(largest.q, reduce_rows(b, n, larger));
-
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  constexpr int64_t block = kVectors ? int64_t(kVectors) * W : kSumBlock;
-  for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
-    for (int r = 0; r < n; r++) {
-      const float *const teacher = rows.teacher[r] + begin, *const student =
-                                                                rows.student[r] + begin;
-      const float* const grad = rows.grad_student[r] ? rows.grad_student[r] + begin : nullptr;
-      float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
-      const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
-      VecF32 row_p{}, row_q{}, row_p_d{};
-      for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
-        const VecF32 p = (load_n(teacher + i, lanes, -kInf) - p_max) * p_scale;
-        const VecF32 q = (load_n(student + i, lanes, -kInf) - q_max) * q_scale;
-        __builtin_prefetch(teacher + i + scale.p_ahead);
-        __builtin_prefetch(student + i + scale.q_ahead);
-        if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
-        const VecF32 p_exp = exp2(p), q_exp = exp2(q);
-        row_p += p_exp;
-        row_q += q_exp;
-        row_p_d += p_exp * max(p - q, broadcast(kNoDifference));
-        store_n(p_exps + i, p_exp, lanes);
-        store_n(q_exps + i, q_exp, lanes);
-      });
-      a[r] = row_p, b[r] = row_q, c[r] = row_p_d;
-    }
-    add_rows(a, n, p_sum);
-    add_rows(b, n, q_sum);
-    add_rows(c, n, p_d);
-  }
+  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
+  double d0_mean[W];         // sum of p d, d without the normalisers
   for (int r = 0; r < n; r++) p_row[r] = factor(rows, r, scale);
   for (int r = 0; r < n; r += kLanes<double>) {  // lane i is row r + i
     const VecF64 p = load<VecF64>(p_sum + r), q = load<VecF64>(q_sum + r), p_factor = 1.0 / p;
-    const VecF64 kl = (load<VecF64>(p_d + r) * p_factor + log2_of(q * p_factor)) * kLn2;
+    const VecF64 mean = load<VecF64>(p_d + r) * p_factor;
+    const VecF64 kl = (mean + log2_of(q * p_factor)) * kLn2;
+    store(d0_mean + r, mean);
     store(p_d + r, q == q ? kl : q);
     store(p_sum + r, p_factor);
     store(q_sum + r, 1.0 / q);
   }
+  // Two temperatures are rounded differently, and so are equal logits by them.
+  const float caution = scale.p == scale.q ? 1.0f : 2.0f;
   bool masked = false;  // a class that only q masks, for which the loss is infinite
   for (int r = 0; r < n; r++) {
     q_row[r] = float(q_sum[r]) * p_row[r];
     p_row[r] = float(p_sum[r]) * p_row[r];
     rows.value[r] = p_d[r];
     is_far[r] = p_d[r] >= kFarLoss;
+    left[r] = {false, rows.grad_p[r] && !(p_d[r] >= caution * caution * kFarLoss), false};
     masked |= p_d[r] == kInf;
   }
 
   for (int r = 0; r < n; r++) {
     const float *const p_exps = scratch + 2 * r * C, *const q_exps = p_exps + C;
-    float* const grad = rows.grad_student[r];
+    float* const grad = rows.grad_q[r];
     if (!grad || !is_far[r]) continue;
     const VecF32 p_factor = broadcast(p_row[r]), q_factor = broadcast(q_row[r]);
     const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
@@ -265,10 +196,34 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     });
     is_far[r] = any(high >= small);
   }
+  for (int r = 0; r < n; r++) {
+    float* const grad = rows.grad_p[r];
+    if (!grad || left[r].grad_p) continue;
+    if (rows.value[r] == kInf) {  // an infinite divergence has no gradient with respect to p
+      std::fill(grad, grad + C, 0.0f);
+      continue;
+    }
+    const float *const p_logits = rows.p[r], *const q_logits = rows.q[r];
+    const float* const p_exps = scratch + 2 * r * C;
+    const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
+    const VecF32 mean = broadcast(float(d0_mean[r]));
+    const float change_factor = float(rows.factor[r] * p_sum[r] * kLn2) * scale.p;
+    const float small = caution * 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
+    VecF32 high{};
+    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
+      const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
+      const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
+      const VecF32 d = max(scaled_difference(p, q, p_scale, q_scale), broadcast(kNoDifference));
+      const VecF32 change = load_n(p_exps + i, lanes, 0.0f) * (d - mean);
+      high = max(high, abs<float>(change));
+      store_n(grad + i, change * change_factor, lanes);
+    });
+    left[r].grad_p = !any(high >= small);
+  }
   for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
-    float* const grad = rows.grad_student[r];
+    float* const grad = rows.grad_q[r];
     for (int64_t i = 0; grad && is_far[r] && i < C; i++)
-      grad[i] = rows.student[r][i] > -kInf ? grad[i] : 0.0f;
+      grad[i] = rows.q[r][i] > -kInf ? grad[i] : 0.0f;
   }
 }
 
@@ -278,39 +233,41 @@ struct Way {
   float reference;  // c of a near row
 };
 
-template <bool kSameTemperature>
-Way way_of(const float* teacher, const float* student, int64_t C, KLScales scale, float p_max,
+Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale, float p_max,
            float q_max) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   VecF32 d_high = broadcast(-kInf), d_low = broadcast(kInf);
   VecI32 nan{};
   for_each_vector<float>(C, [&](int64_t c, int lanes) {
-    const VecF32 p = load_n(teacher + c, lanes, -kInf), q = load_n(student + c, lanes, -kInf);
-    const VecF32 d = logit_difference<kSameTemperature>(p, q, scale, p_max, q_max);
+    const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
+    const VecF32 d = p - q;
     nan |= (p != p) | (q != q);
     d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
     d_low = min(d, d_low);
   });
   const float low = -reduce_max(-d_low), spread = reduce_max(d_high) - low;
   const bool valid = !any(nan) && std::fabs(p_max) < kInf && std::fabs(q_max) < kInf;
-  return {valid, spread * (kSameTemperature ? scale.p : 1.0f) <= 0.25f, low + spread / 2};
+  return {valid, spread * scale <= 0.25f, low + spread / 2};
 }
 
-template <bool kSameTemperature, int kVectors>
-void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
+template <int kVectors>
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
   bool is_far[kMaxRows];
-  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far);
+  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
-    const Way way = way_of<kSameTemperature>(rows.teacher[r], rows.student[r], C, scale,
-                                             largest.p[r], largest.q[r]);
+    if (scale.p != scale.q || (left[r].grad_p && !rows.grad_q[r])) {
+      left[r].value = left[r].grad_q = true;
+      continue;
+    }
+    const Way way = way_of(rows.p[r], rows.q[r], C, scale.p, largest.p[r], largest.q[r]);
     if (!way.valid) {
       rows.value[r] = kNan;
-      if (float* const grad = rows.grad_student[r]) std::fill(grad, grad + C, kNan);
+      if (float* const grad = rows.grad_q[r]) std::fill(grad, grad + C, kNan);
     } else if (way.near) {
       reference[near_count] = way.reference;
       near[near_count++] = r;
@@ -318,22 +275,15 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) 
       close[close_count++] = r;
     }
   }
-  if (near_count)
-    near_rows<kSameTemperature>(rows, near, reference, near_count, C, scale, largest, scratch);
-  if (close_count)
-    close_rows<kSameTemperature>(rows, close, close_count, C, scale, largest, scratch);
+  if (near_count) near_rows(rows, near, reference, near_count, C, scale, largest, scratch);
+  if (close_count) close_rows(rows, close, close_count, C, scale, largest, scratch);
 }
 
 }  // namespace
 
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch) {
-  with_row_vectors<float>(C, [&](auto vectors) {
-    if (scale.p == scale.q) {
-      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch);
-    } else {
-      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch);
-    }
-  });
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
+  with_row_vectors<float>(
+      C, [&](auto vectors) { kl_rows_of<vectors()>(rows, n, C, scale, scratch, left); });
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -1,5 +1,5 @@
-// KL(p || q) of several rows of float32 logits and its gradient with respect to q's logits: the
-// case that training spends its time in.
+// KL(p || q) of several rows of float32 logits and its gradients: the case that training spends its
+// time in.
 
 #pragma once
 
@@ -15,16 +15,21 @@ namespace KDKERNELS_TARGET {
 constexpr int kMaxRows = kLanes<float>;
 inline int rows_in_block(int64_t C) { return int(std::clamp<int64_t>(2048 / C, 1, kMaxRows)); }
 
-// Pairs of rows, of [C] each. In kl_rows p is the teacher's, q the student's, and grad_teacher is
-// not looked at.
+// Pairs of rows, of [C] each.
 template <class Float>
 struct DivergenceRows {
-  const Float *student[kMaxRows], *teacher[kMaxRows];      // logits
-  Float *grad_student[kMaxRows], *grad_teacher[kMaxRows];  // (out), or null; none of the logits
-  double factor[kMaxRows];                                 // of the gradients
-  double value[kMaxRows];                                  // (out) the divergences
+  const Float *p[kMaxRows], *q[kMaxRows];      // logits
+  Float *grad_p[kMaxRows], *grad_q[kMaxRows];  // (out), or null; none of the logits
+  double factor[kMaxRows];                     // of the gradients
+  double value[kMaxRows];                      // (out) the divergences
 };
 using KLRows = DivergenceRows<float>;
+
+// What of a row float32 would round to more than it may, and is for divergence.h to make. What one
+// gradient is made from does not depend on whether the other is wanted.
+struct Left {
+  bool value, grad_p, grad_q;
+};
 
 struct KLScales {
   float p, q;  // 1 / temperature
@@ -33,9 +38,9 @@ struct KLScales {
   int64_t p_ahead, q_ahead;
 };
 
-// n <= rows_in_block(C) rows; scratch [n][2][C]. A row with a NaN, an infinity or no class left
-// gets NaN.
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch);
+// n <= rows_in_block(C) rows; scratch [n][2][C]; left [n] (out). A row with a NaN, an infinity or
+// no class left gets NaN, or is left.
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

@@ -142,13 +142,6 @@ KDKERNELS_INLINE void store_partial(Float* p, Vec<Float> v, int n) {
 #endif
 }
 
-// As many numbers as there are lanes of double.
-KDKERNELS_INLINE VecF64 load_wide(const double* p) { return load<VecF64>(p); }
-KDKERNELS_INLINE VecF64 load_wide(const float* p) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  return __builtin_convertvector(load<Half>(p), VecF64);
-}
-
 // The larger of each lane; a NaN in `a` is ignored, one in `b` is taken.
 template <class V>
 KDKERNELS_INLINE V max(V a, V b) {
@@ -167,6 +160,14 @@ template <>
 KDKERNELS_INLINE VecF32 min(VecF32 a, VecF32 b) {
   return (VecF32)_mm512_min_ps((__m512)a, (__m512)b);
 }
+template <>
+KDKERNELS_INLINE VecF64 max(VecF64 a, VecF64 b) {
+  return (VecF64)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
+template <>
+KDKERNELS_INLINE VecF64 min(VecF64 a, VecF64 b) {
+  return (VecF64)_mm512_min_pd((__m512d)a, (__m512d)b);
+}
 #elif defined(__AVX2__)
 template <>
 KDKERNELS_INLINE VecF32 max(VecF32 a, VecF32 b) {
@@ -175,6 +176,14 @@ KDKERNELS_INLINE VecF32 max(VecF32 a, VecF32 b) {
 template <>
 KDKERNELS_INLINE VecF32 min(VecF32 a, VecF32 b) {
   return (VecF32)_mm256_min_ps((__m256)a, (__m256)b);
+}
+template <>
+KDKERNELS_INLINE VecF64 max(VecF64 a, VecF64 b) {
+  return (VecF64)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+template <>
+KDKERNELS_INLINE VecF64 min(VecF64 a, VecF64 b) {
+  return (VecF64)_mm256_min_pd((__m256d)a, (__m256d)b);
 }
 #endif
 
@@ -270,6 +279,59 @@ KDKERNELS_INLINE void store_n(Float* p, Vec<Float> v, int n) {
     store_partial(p, v, n);
   }
 }
+
+typedef float HalfF32 __attribute__((vector_size(kVectorBytes / 2)));
+// GCC 12 converts halves of the vector one by one.
+KDKERNELS_INLINE VecF64 widen(HalfF32 v) {
+#if defined(__AVX512F__)
+  return (VecF64)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (VecF64)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, VecF64);
+#endif
+}
+KDKERNELS_INLINE HalfF32 narrowed(VecF64 v) {
+#if defined(__AVX512F__)
+  return (HalfF32)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX2__)
+  return (HalfF32)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, HalfF32);
+#endif
+}
+
+// A row of floats in vectors of doubles: the first n <= kLanes<double> elements at p, the others
+// `fill`; and back, rounded.
+KDKERNELS_INLINE VecF64 load_wide(const float* p, int n, float fill) {
+  if (n == kLanes<double>) return widen(load<HalfF32>(p));
+#if defined(__AVX512F__)
+  return widen((HalfF32)_mm256_mask_loadu_ps(_mm256_set1_ps(fill), __mmask8((1u << n) - 1), p));
+#else
+  HalfF32 v = HalfF32{} + fill;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<double>; i++) {
+    if (i < n) v[i] = p[i];
+  }
+  return widen(v);
+#endif
+}
+KDKERNELS_INLINE VecF64 load_wide(const double* p, int n, double fill) {
+  return load_n(p, n, fill);
+}
+KDKERNELS_INLINE void store_wide(float* p, VecF64 v, int n) {
+  if (n == kLanes<double>) return store(p, narrowed(v));
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)narrowed(v));
+#else
+  const HalfF32 narrow = narrowed(v);
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<double>; i++) {
+    if (i < n) p[i] = narrow[i];
+  }
+#endif
+}
+KDKERNELS_INLINE void store_wide(double* p, VecF64 v, int n) { store_n(p, v, n); }
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

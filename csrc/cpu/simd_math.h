@@ -110,27 +110,33 @@ KDKERNELS_INLINE V small_exp(V r) {
   return polynomial<Float>(r, Simd<Float>::kExp) * (r * r) + (r + Float(1));
 }
 
-// 2^x for x <= 0 (and a little above), relative error 2e-7; exactly 1 at 0, 0 where it would be
-// below e^kMinExp, NaN for a NaN.
-KDKERNELS_INLINE VecF32 exp2(VecF32 x) {
+// 2^(x scale) for a product <= 0 (and a little above), relative error 2e-7; exactly 1 at 0, 0 where
+// it would be below e^kMinExp, NaN for a NaN. With FMA the product is not rounded.
+KDKERNELS_INLINE VecF32 exp2(VecF32 x, float scale = 1) {
   using S = Simd<float>;
   constexpr float lowest = float(S::kMinExp * kLog2e);
+  const VecF32 scaled = x * scale;
 #if defined(__FMA__)
-  const VecF32 n = nearest<float>(x);
+  const VecF32 n = nearest<float>(scaled);
+#if defined(__AVX512F__)
+  const VecF32 r = (VecF32)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(scale), (__m512)n);
 #else
-  const VecF32 n = (x + S::kRound) - S::kRound;
+  const VecF32 r = (VecF32)_mm256_fmsub_ps((__m256)x, _mm256_set1_ps(scale), (__m256)n);
 #endif
-  const VecF32 r = x - n;
+#else
+  const VecF32 n = (scaled + S::kRound) - S::kRound;
+  const VecF32 r = scaled - n;
+#endif
   VecF32 y = broadcast(S::kExp2[4]);
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; i--) y = y * r + S::kExp2[i];
   y = y * r + 1.0f;
 #if defined(__AVX512F__)
-  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)scaled, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
   return (VecF32)_mm512_maskz_scalef_ps(counts, (__m512)y, (__m512)n);
 #else
   const VecU32 power = (VecU32)(n + S::kRound) << S::kMantissaBits;  // what overflows is not taken
-  return x < lowest ? VecF32{} : x == x ? (VecF32)((VecU32)y + power) : x;
+  return scaled < lowest ? VecF32{} : x == x ? (VecF32)((VecU32)y + power) : x;
 #endif
 }
 
@@ -138,7 +144,7 @@ KDKERNELS_INLINE VecF32 exp2(VecF32 x) {
 template <class Float>
 KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
   if constexpr (sizeof(Float) == 4) {
-    return exp2(x * float(scale * kLog2e));
+    return exp2(x, float(scale * kLog2e));
   } else {
     using S = Simd<Float>;
     using U = typename S::VecUnsigned;  // its overflow is defined, in lanes that are not taken
@@ -148,6 +154,40 @@ KDKERNELS_INLINE Vec<Float> exp(Vec<Float> x, Float scale = 1) {
     const Vec<Float> r = (scaled - n * S::kLn2Hi) - n * S::kLn2Lo;
     const U y = (U)small_exp<Float>(r) + ((U)shifted << S::kMantissaBits);
     return scaled < S::kMinExp ? Vec<Float>{} : x == x ? (Vec<Float>)y : x;
+  }
+}
+
+// (2^r - 1) / r on |r| <= 1/2; least-maximum fit, error of 2^r 4e-14.
+constexpr double kWideExp2[] = {
+    0.6931471805599453,    0.2402265069581299,     0.055504108664760424,
+    0.009618129159402558,  0.0013333558179043112,  0.00015403455852453838,
+    1.525268684626772e-05, 1.3255224878668817e-06, 1.0203121063391729e-07};
+
+// exp in float64 for results of type Result: relative error 1e-15 (double), 4e-14 (float).
+template <class Result>
+KDKERNELS_INLINE VecF64 wide_exp(VecF64 x, double scale) {
+  if constexpr (sizeof(Result) == 8) {
+    return exp<double>(x, scale);
+  } else {
+    using S = Simd<double>;
+    constexpr double lowest = S::kMinExp * kLog2e;
+    const VecF64 scaled = x * (scale * kLog2e);
+#if defined(__FMA__)
+    const VecF64 n = nearest<double>(scaled);
+#else
+    const VecF64 n = (scaled + S::kRound) - S::kRound;
+#endif
+    const VecF64 r = scaled - n;
+    const VecF64 y = polynomial<double>(r, kWideExp2) * r + 1.0;
+#if defined(__AVX512F__)
+    const __mmask8 counts =
+        _mm512_cmp_pd_mask((__m512d)scaled, _mm512_set1_pd(lowest), _CMP_NLT_UQ);
+    return (VecF64)_mm512_maskz_scalef_pd(counts, (__m512d)y, (__m512d)n);
+#else
+    const VecU64 power = (VecU64)(n + S::kRound)
+                         << S::kMantissaBits;  // what overflows is not taken
+    return scaled < lowest ? VecF64{} : scaled == scaled ? (VecF64)((VecU64)y + power) : scaled;
+#endif
   }
 }
 

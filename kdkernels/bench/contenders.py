@@ -94,6 +94,8 @@ def eager_kd(i: Inputs, x, reduction="batchmean"):
         p = F.softmax(i.teacher / TEMPERATURE, -1)
         return F.kl_div(log_q, p, reduction=reduction) * TEMPERATURE**2
     log_p = F.log_softmax(i.teacher / TEMPERATURE, -1)
+    if i.divergence == "reverse_kl":
+        return F.kl_div(log_p, log_q, reduction=reduction, log_target=True) * TEMPERATURE**2
     log_m = (BETA * log_p.exp() + (1 - BETA) * log_q.exp()).log()
     of_teacher = F.kl_div(log_m, log_p, reduction=reduction, log_target=True)
     of_student = F.kl_div(log_m, log_q, reduction=reduction, log_target=True)

@@ -79,12 +79,15 @@ def runs(name: str, device: str) -> bool:
 
 # ---- kd_loss: (inputs, student logits, reduction) -> loss
 
+# What both libraries call the KL divergences: the ends of their generalised Jensen-Shannon.
+KL_BETA = {"forward_kl": 0, "reverse_kl": 1}
+
 
 def trl_divergence(i, x, reduction="batchmean", *, temperature, beta):
     """TRL's distillation loss, which has no temperature squared."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    beta = 0 if i.divergence == "forward_kl" else beta
+    beta = KL_BETA.get(i.divergence, beta)
     loss = GKDTrainer.generalized_jsd_loss(
         x, i.teacher, beta=beta, temperature=temperature, reduction=reduction
     )
@@ -99,6 +102,7 @@ def liger_divergence(i, x, reduction="batchmean", *, temperature, beta):
         p = F.softmax(i.teacher / temperature, -1)
         loss = liger.liger_kl_div(log_q, p, reduction=reduction)
     else:
+        beta = KL_BETA.get(i.divergence, beta)
         loss = liger.liger_jsd(log_q, F.log_softmax(i.teacher / temperature, -1), beta=beta)
         loss = loss * (len(x) if reduction == "sum" else 1)  # a mean over the rows
     return loss * temperature**2

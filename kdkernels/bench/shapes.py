@@ -48,6 +48,7 @@ SHAPES = [
     _kd(1024, 32000, "language model", eager=20, compile=4, copy=2),
     _kd(512, 51865, "Whisper"),
     _kd(128, 128256, "language model, large vocabulary"),
+    _kd(4096, 5000, "large subword vocabulary, reverse KL", "reverse_kl"),
     _kd(4096, 5000, "large subword vocabulary, Jensen-Shannon", "jsd"),
     _kd(64, 32, "smallest call"),
     _ctc("ctc_loss", 500, 32, 32, 100, "characters", eager=20),
@@ -75,6 +76,7 @@ SHAPES = [
 # Sizes that run in a blink: for trying the scripts, not for measuring.
 TINY = [
     _kd(32, 16, "tiny", eager=1, compile=1, copy=100),
+    _kd(32, 16, "tiny", "reverse_kl"),
     _kd(32, 16, "tiny", "jsd"),
     _ctc("ctc_loss", 20, 3, 8, 4, "tiny", eager=1, copy=100),
     _ctc("ctc_loss", 20, 3, 8, 4, "tiny", varying=True),

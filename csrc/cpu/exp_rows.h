@@ -1,0 +1,97 @@
+// Several pairs of rows of float32 logits to their exponentials: the first step of every divergence
+// in float32.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/kl_rows.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
+
+namespace kdkernels {
+namespace KDKERNELS_TARGET {
+
+// Classes summed in float before the sum goes on in double, so that rounding does not grow with C.
+constexpr int64_t kSumBlock = 32 * kLanes<float>;
+// In place of d where that is -inf, or NaN: p is 0 there.
+constexpr float kNoDifference = -1e30f;
+
+struct Maxima {
+  float p[kMaxRows], q[kMaxRows];  // the largest logits of each row
+};
+
+// d without the normalisers in units of log 2, from logits less their maxima and scales in these
+// units; NaN where p is masked. Where there is one temperature, equal classes have d = 0.
+KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, float q_scale) {
+  return (p - q) * q_scale + p * (p_scale - q_scale);
+}
+
+// The exponentials of the scaled logits less their maxima, into scratch [n][2][C], their sums
+// (added to p_sum and q_sum) and sum p d in units of log 2, d without the
+// normalisers. A row's numbers do not depend on the rows beside it.
+template <int kVectors>
+KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales scale, float* scratch,
+                               Maxima& largest, double* p_sum, double* q_sum, double* p_d) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr int W = kLanes<float>;
+  const auto larger = [](VecF32 a, VecF32 b) { return max(a, b); };
+  VecF32 a[kMaxRows], b[kMaxRows], c[kMaxRows];  // one vector a row, to be reduced
+  for (int r = 0; r < n; r++) {
+    VecF32 p_high = broadcast(-kInf), q_high = p_high;
+    for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
+      p_high = max(p_high, load_n(rows.p[r] + i, lanes, -kInf));
+      q_high = max(q_high, load_n(rows.q[r] + i, lanes, -kInf));
+    });
+    a[r] = p_high, b[r] = q_high;
+  }
+  store(largest.p, reduce_rows(a, n, larger));
+  store(largest.q, reduce_rows(b, n, larger));
+
+  const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
+  constexpr int64_t block = kVectors ? int64_t(kVectors) * W : kSumBlock;
+  for (int64_t begin = 0; begin < (kVectors ? 1 : C); begin += block) {
+    for (int r = 0; r < n; r++) {
+      const float *const p_logits = rows.p[r] + begin, *const q_logits = rows.q[r] + begin;
+      const float* const some_grad = rows.grad_q[r] ? rows.grad_q[r] : rows.grad_p[r];
+      const float* const grad = some_grad ? some_grad + begin : nullptr;
+      float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
+      const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
+      a[r] = b[r] = c[r] = VecF32{};
+      const auto sums = [&](int64_t from, int64_t to) {
+        VecF32 row_p{}, row_q{}, row_p_d{};
+        for_row<float, kVectors>(to - from, [&](int64_t k, int lanes) {
+          const int64_t i = from + k;
+          const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
+          const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
+          __builtin_prefetch(p_logits + i + scale.p_ahead);
+          __builtin_prefetch(q_logits + i + scale.q_ahead);
+          if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
+          const VecF32 p_exp = exp2(p, p_scale), q_exp = exp2(q, q_scale);
+          row_p += p_exp;
+          row_q += q_exp;
+          row_p_d +=
+              p_exp * max(scaled_difference(p, q, p_scale, q_scale), broadcast(kNoDifference));
+          store_n(p_exps + i, p_exp, lanes);
+          store_n(q_exps + i, q_exp, lanes);
+        });
+        a[r] += row_p, b[r] += row_q, c[r] += row_p_d;
+      };
+      const int64_t size = std::min(block, C - begin);
+      if constexpr (kVectors > 0) {
+        sums(0, size);
+      } else {
+        for (int64_t k = 0; k < size; k += kSumBlock / 4)
+          sums(k, std::min(size, k + kSumBlock / 4));
+      }
+    }
+    add_rows(a, n, p_sum);
+    add_rows(b, n, q_sum);
+    add_rows(c, n, p_d);
+  }
+}
+
+}  // namespace KDKERNELS_TARGET
+}  // namespace kdkernels

@@ -96,6 +96,16 @@ def test_near_convergence(on, divergence, size):
     check(on, s, t, torch.float32, divergence=divergence, reduction="none")
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("C", [2, 3, 40])
+def test_near_convergence_at_two_temperatures(on, C, divergence):
+    """Unlike logits whose probabilities are nearly the same."""
+    t = randn(50, C, seed=C, scale=3).float()
+    s = (t.double() * (3.7 / 1.5) + randn(50, C, seed=C + 1, scale=1e-3)).float()
+    options = {"divergence": divergence, "temperature": 3.7, "teacher_temperature": 1.5}
+    check(on, s, t, torch.float32, reduction="sum", **options)
+
+
 @pytest.mark.parametrize("scale", [30.0, 300.0, 3e4])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_large_logits(on, scale, divergence):

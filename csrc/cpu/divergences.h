@@ -46,7 +46,6 @@ class Divergences {
 
   void operator()(DivergenceRows<Float>& rows, int n) const {
     Left left[kMaxRows];
-    std::fill(left, left + n, Left{true, true, true});
     if constexpr (sizeof(Float) == 4) {
       const DivergenceSide &p = options_.p(), &q = options_.q();
       const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride};

@@ -28,7 +28,7 @@ using KLRows = DivergenceRows<float>;
 // What of a row float32 would round to more than it may, and is for divergence.h to make. What one
 // gradient is made from does not depend on whether the other is wanted.
 struct Left {
-  bool value, grad_p, grad_q;
+  bool value = true, grad_p = true, grad_q = true;
 };
 
 struct KLScales {

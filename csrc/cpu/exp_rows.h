@@ -72,8 +72,7 @@ KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales sc
           const VecF32 p_exp = exp2(p, p_scale), q_exp = exp2(q, q_scale);
           row_p += p_exp;
           row_q += q_exp;
-          row_p_d +=
-              p_exp * max(scaled_difference(p, q, p_scale, q_scale), broadcast(kNoDifference));
+          row_p_d += p_exp * max(p * p_scale - q * q_scale, broadcast(kNoDifference));
           store_n(p_exps + i, p_exp, lanes);
           store_n(q_exps + i, q_exp, lanes);
         });

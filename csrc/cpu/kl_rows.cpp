@@ -171,6 +171,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   }
   // Two temperatures are rounded differently, and so are equal logits by them.
   const float caution = scale.p == scale.q ? 1.0f : 2.0f;
+  bool some_p = false;
   bool masked = false;  // a class that only q masks, for which the loss is infinite
   for (int r = 0; r < n; r++) {
     q_row[r] = float(q_sum[r]) * p_row[r];
@@ -179,6 +180,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     is_far[r] = p_d[r] >= kFarLoss;
     left[r] = {false, rows.grad_p[r] && !(p_d[r] >= caution * caution * kFarLoss), false};
     masked |= p_d[r] == kInf;
+    some_p |= rows.grad_p[r] != nullptr;
   }
 
   for (int r = 0; r < n; r++) {
@@ -196,7 +198,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     });
     is_far[r] = any(high >= small);
   }
-  for (int r = 0; r < n; r++) {
+  for (int r = 0; some_p && r < n; r++) {
     float* const grad = rows.grad_p[r];
     if (!grad || left[r].grad_p) continue;
     if (rows.value[r] == kInf) {  // an infinite divergence has no gradient with respect to p

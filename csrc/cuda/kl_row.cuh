@@ -55,9 +55,11 @@ class RowOnChip {
 
   KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
     float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
+    // Differences are written the other way round than further on: the compiler would keep them in
+    // registers until then, and there are none left.
 #pragma unroll
     for (int i = 0; i < K; i++) {
-      const float p = p_[i], q = q_[i], d = p - q;
+      const float p = p_[i], q = q_[i], d = -(q - p);
       most[0] = fmaxf(most[0], p);
       most[1] = fmaxf(most[1], q);
       most[2] = fmaxf(most[2], d);  // a class that is masked in both has d = NaN: ignored
@@ -294,7 +296,7 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
     return prob * (plus - d);
   };
   const auto close_change = [&](float p, float q, float p_exp, float q_exp) {
-    const float d = ((p - s.p_max) - (q - s.q_max)) * scale.factor + close_shift;
+    const float d = ((s.q_max - q) - (s.p_max - p)) * scale.factor + close_shift;
     const float prob = p_exp * p_factor, plus = expm1_plus(d);
     float change = q_exp * q_factor - prob;
     const bool small = fabsf(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most

@@ -284,7 +284,8 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, KLScales sca
 }
 
 template <bool kSameTemperature, int kVectors>
-void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
+                Left* left) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
   bool is_far[kMaxRows];
@@ -293,8 +294,9 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, 
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
-    if (left[r].grad_p && !rows.grad_q[r]) {
+    if (only_far || (left[r].grad_p && !rows.grad_q[r])) {
       left[r].value = true;
+      left[r].grad_q = only_far;
       continue;
     }
     const Way way =
@@ -317,12 +319,13 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, 
 
 }  // namespace
 
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
+             Left* left) {
   with_row_vectors<float>(C, [&](auto vectors) {
     if (scale.p == scale.q) {
-      kl_rows_of<true, vectors()>(rows, n, C, scale, scratch, left);
+      kl_rows_of<true, vectors()>(rows, n, C, scale, only_far, scratch, left);
     } else {
-      kl_rows_of<false, vectors()>(rows, n, C, scale, scratch, left);
+      kl_rows_of<false, vectors()>(rows, n, C, scale, only_far, scratch, left);
     }
   });
 }

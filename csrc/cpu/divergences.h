@@ -52,7 +52,10 @@ class Divergences {
       if (options_.divergence == Divergence::jsd) {
         jsd_rows(rows, n, C_, scale, mixture_, scratch_, left);
       } else {
-        kl_rows(rows, n, C_, scale, scratch_, left);
+        // Of reverse KL near convergence the student's gradient is a difference of logarithms; with
+        // two temperatures equal probabilities come from unlike logits.
+        const bool only_far = options_.student_is_p() || p.scale != q.scale;
+        kl_rows(rows, n, C_, scale, only_far, scratch_, left);
       }
     }
     for (int i = 0; i < n; i++) {
@@ -69,7 +72,7 @@ class Divergences {
                                    left.grad_q ? rows.grad_q[i] : nullptr, rows.factor[i] * p_scale,
                                    rows.factor[i] * q_scale};
     const double value = divergence_row(options_.divergence, mixture_, pair, grad);
-    if (left.value) rows.value[i] = value;
+    if (left.value || left.grad_p) rows.value[i] = value;
   }
 
   DivergenceOptions options_;

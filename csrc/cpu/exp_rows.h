@@ -14,7 +14,8 @@
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 
-// Classes summed in float before the sum goes on in double, so that rounding does not grow with C.
+// Classes summed in float, in four parts, before the sum goes on in double, so that rounding does
+// not grow with C: of few distinct numbers a sum rounds the same way again and again.
 constexpr int64_t kSumBlock = 32 * kLanes<float>;
 // In place of d where that is -inf, or NaN: p is 0 there.
 constexpr float kNoDifference = -1e30f;
@@ -25,14 +26,16 @@ struct Maxima {
 
 // d without the normalisers in units of log 2, from logits less their maxima and scales in these
 // units; NaN where p is masked. Where there is one temperature, equal classes have d = 0.
+template <bool kSameTemperature>
 KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, float q_scale) {
+  if constexpr (kSameTemperature) return (p - q) * q_scale;
   return (p - q) * q_scale + p * (p_scale - q_scale);
 }
 
-// The exponentials of the scaled logits less their maxima, into scratch [n][2][C], their sums
-// (added to p_sum and q_sum) and sum p d in units of log 2, d without the
-// normalisers. A row's numbers do not depend on the rows beside it.
-template <int kVectors>
+// The exponentials of the scaled logits less their maxima, into scratch [n][2][C]; added to p_sum,
+// q_sum and p_d [kMaxRows]: their sums, and the sum of p d, d as above. A row's numbers do not
+// depend on the rows beside it.
+template <bool kSameTemperature, int kVectors>
 KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales scale, float* scratch,
                                Maxima& largest, double* p_sum, double* q_sum, double* p_d) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -59,32 +62,29 @@ KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales sc
       const float* const grad = some_grad ? some_grad + begin : nullptr;
       float *const p_exps = scratch + 2 * r * C + begin, *const q_exps = p_exps + C;
       const VecF32 p_max = broadcast(largest.p[r]), q_max = broadcast(largest.q[r]);
-      a[r] = b[r] = c[r] = VecF32{};
-      const auto sums = [&](int64_t from, int64_t to) {
-        VecF32 row_p{}, row_q{}, row_p_d{};
-        for_row<float, kVectors>(to - from, [&](int64_t k, int lanes) {
+      const int64_t size = std::min(block, C - begin);
+      VecF32 row_p{}, row_q{}, row_p_d{};
+      for (int64_t from = 0; from < (kVectors ? 1 : size); from += kSumBlock / 4) {
+        VecF32 some_p{}, some_q{}, some_p_d{};
+        const int64_t some = kVectors ? size : std::min(kSumBlock / 4, size - from);
+        for_row<float, kVectors>(some, [&](int64_t k, int lanes) {
           const int64_t i = from + k;
           const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
           const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
           __builtin_prefetch(p_logits + i + scale.p_ahead);
           __builtin_prefetch(q_logits + i + scale.q_ahead);
           if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
+          const VecF32 d = scaled_difference<kSameTemperature>(p, q, p_scale, q_scale);
           const VecF32 p_exp = exp2(p, p_scale), q_exp = exp2(q, q_scale);
-          row_p += p_exp;
-          row_q += q_exp;
-          row_p_d += p_exp * max(p * p_scale - q * q_scale, broadcast(kNoDifference));
+          some_p += p_exp;
+          some_q += q_exp;
+          some_p_d += p_exp * max(d, broadcast(kNoDifference));
           store_n(p_exps + i, p_exp, lanes);
           store_n(q_exps + i, q_exp, lanes);
         });
-        a[r] += row_p, b[r] += row_q, c[r] += row_p_d;
-      };
-      const int64_t size = std::min(block, C - begin);
-      if constexpr (kVectors > 0) {
-        sums(0, size);
-      } else {
-        for (int64_t k = 0; k < size; k += kSumBlock / 4)
-          sums(k, std::min(size, k + kSumBlock / 4));
+        row_p += some_p, row_q += some_q, row_p_d += some_p_d;
       }
+      a[r] = row_p, b[r] = row_q, c[r] = row_p_d;
     }
     add_rows(a, n, p_sum);
     add_rows(b, n, q_sum);

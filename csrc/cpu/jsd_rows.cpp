@@ -18,14 +18,14 @@ constexpr float kFarGradient = 0.2f;
 // 2 artanh(r) / r in r^2 for r <= 1/3, in units of log 2; least-maximum fit, error 2e-9.
 constexpr double kArtanh[] = {2.885390093, 0.9617917163, 0.5774328505, 0.403451944, 0.4062308721};
 
-template <int kVectors>
+template <bool kSameTemperature, int kVectors>
 void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mix, float* scratch,
                  Left* left) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int W = kLanes<float>;
   Maxima largest;
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kSameTemperature, kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
@@ -63,7 +63,7 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
       for_row<float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
         const VecF32 p_less = load_n(p_logits + i, lanes, -kInf) - p_max;
         const VecF32 q_less = load_n(q_logits + i, lanes, -kInf) - q_max;
-        const VecF32 d0 = scaled_difference(p_less, q_less, p_scale, q_scale);
+        const VecF32 d0 = scaled_difference<kSameTemperature>(p_less, q_less, p_scale, q_scale);
         const VecF32 d =
             min(max(d0 + row_shift, broadcast(kNoDifference)), broadcast(-kNoDifference));
         const VecF32 p = load_n(p_exps + i, lanes, 0.0f) * p_factor;  // m = p + q
@@ -119,8 +119,13 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
 
 void jsd_rows(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mixture,
               float* scratch, Left* left) {
-  with_row_vectors<float>(
-      C, [&](auto vectors) { jsd_rows_of<vectors()>(rows, n, C, scale, mixture, scratch, left); });
+  with_row_vectors<float>(C, [&](auto vectors) {
+    if (scale.p == scale.q) {
+      jsd_rows_of<true, vectors()>(rows, n, C, scale, mixture, scratch, left);
+    } else {
+      jsd_rows_of<false, vectors()>(rows, n, C, scale, mixture, scratch, left);
+    }
+  });
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -6,8 +6,7 @@
 // never formed. With a reference c in the middle of d0 = scaled difference of the logits, the
 // normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss and the gradient
 // keep their relative accuracy down to identical rows, where both are exactly 0. The other rows
-// take two exponentials a class. With two temperatures equal probabilities come from unlike logits,
-// and only the rows that are "far" are for float32.
+// take two exponentials a class.
 
 #include "cpu/kl_rows.h"
 
@@ -147,7 +146,7 @@ void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale
 constexpr double kFarLoss = 0.125;
 constexpr float kFarGradient = 0.1f;
 
-template <int kVectors>
+template <bool kSameTemperature, int kVectors>
 void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, float* scratch,
               bool* is_far, Left* left) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -155,7 +154,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kSameTemperature, kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
   double d0_mean[W];         // sum of p d, d without the normalisers
@@ -170,17 +169,18 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     store(q_sum + r, 1.0 / q);
   }
   // Two temperatures are rounded differently, and so are equal logits by them.
-  const float caution = scale.p == scale.q ? 1.0f : 2.0f;
-  bool some_p = false;
+  constexpr float caution = kSameTemperature ? 1.0f : 2.0f;
+  bool some_p = false;  // a gradient with respect to p is wanted
   bool masked = false;  // a class that only q masks, for which the loss is infinite
   for (int r = 0; r < n; r++) {
     q_row[r] = float(q_sum[r]) * p_row[r];
     p_row[r] = float(p_sum[r]) * p_row[r];
     rows.value[r] = p_d[r];
     is_far[r] = p_d[r] >= kFarLoss;
-    left[r] = {false, rows.grad_p[r] && !(p_d[r] >= caution * caution * kFarLoss), false};
-    masked |= p_d[r] == kInf;
     some_p |= rows.grad_p[r] != nullptr;
+    left[r].value = left[r].grad_q = false;
+    left[r].grad_p = rows.grad_p[r] && !(p_d[r] >= caution * caution * kFarLoss);
+    masked |= p_d[r] == kInf;
   }
 
   for (int r = 0; r < n; r++) {
@@ -215,7 +215,8 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     for_row<float, kVectors>(C, [&](int64_t i, int lanes) {
       const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
       const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
-      const VecF32 d = max(scaled_difference(p, q, p_scale, q_scale), broadcast(kNoDifference));
+      const VecF32 d = max(scaled_difference<kSameTemperature>(p, q, p_scale, q_scale),
+                           broadcast(kNoDifference));
       const VecF32 change = load_n(p_exps + i, lanes, 0.0f) * (d - mean);
       high = max(high, abs<float>(change));
       store_n(grad + i, change * change_factor, lanes);
@@ -252,18 +253,20 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale,
   return {valid, spread * scale <= 0.25f, low + spread / 2};
 }
 
-template <int kVectors>
-void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
+template <bool kSameTemperature, int kVectors>
+void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
+                Left* left) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   Maxima largest;
   bool is_far[kMaxRows];
-  far_rows<kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
+  far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
   float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
-    if (scale.p != scale.q || (left[r].grad_p && !rows.grad_q[r])) {
-      left[r].value = left[r].grad_q = true;
+    if (only_far || (left[r].grad_p && !rows.grad_q[r])) {
+      left[r].value = true;
+      left[r].grad_q = only_far;
       continue;
     }
     const Way way = way_of(rows.p[r], rows.q[r], C, scale.p, largest.p[r], largest.q[r]);
@@ -283,9 +286,15 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, 
 
 }  // namespace
 
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left) {
-  with_row_vectors<float>(
-      C, [&](auto vectors) { kl_rows_of<vectors()>(rows, n, C, scale, scratch, left); });
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
+             Left* left) {
+  with_row_vectors<float>(C, [&](auto vectors) {
+    if (scale.p == scale.q) {
+      kl_rows_of<true, vectors()>(rows, n, C, scale, only_far, scratch, left);
+    } else {
+      kl_rows_of<false, vectors()>(rows, n, C, scale, only_far, scratch, left);
+    }
+  });
 }
 
 }  // namespace KDKERNELS_TARGET

@@ -39,8 +39,10 @@ struct KLScales {
 };
 
 // n <= rows_in_block(C) rows; scratch [n][2][C]; left [n] (out). A row with a NaN, an infinity or
-// no class left gets NaN, or is left.
-void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, float* scratch, Left* left);
+// no class left gets NaN, or is left; with only_far every row whose divergence or gradients are
+// small is.
+void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
+             Left* left);
 
 }  // namespace KDKERNELS_TARGET
 }  // namespace kdkernels

@@ -8,6 +8,7 @@
     evaluate        WER and CER on unseen voices and sentences
     measure_loss    milliseconds and memory of the loss: these ops, torch's own
     report          OUT/report.json, OUT/report.md, OUT/*.png
+    example         OUT/captions.wav, .vtt, .srt: what the distilled student hears
 
 A stage reads files and writes files. A file that is there, whole, and made from the same data and
 settings is used as it is; a training goes on from its newest checkpoint. So the same command, run
@@ -24,7 +25,7 @@ import torch
 from kdkernels.asr.extras import needed
 
 with needed():
-    from kdkernels.asr import arms, files, processes, report, teachers, training
+    from kdkernels.asr import arms, example, files, processes, report, teachers, training
     from kdkernels.asr import settings as settings_module
     from kdkernels.asr.arms import ARMS, TEACHERS
     from kdkernels.asr.console import say, warn
@@ -48,7 +49,8 @@ def run(settings: Settings) -> dict:
     cache = Path(settings.cache) if settings.cache else out / "cache"
     for folder in (out, cache):
         files.check_writable(folder)
-        files.remove_unfinished(folder)
+        if processes.rank() == 0:  # the others would walk a folder that it is setting aside
+            files.remove_unfinished(folder)
     for text in settings_module.warnings(settings):
         warn(text)
     on = training.machine(settings)
@@ -95,7 +97,9 @@ def run(settings: Settings) -> dict:
         {"precision": str(on.dtype), "device": str(on.device), "threads": torch.get_num_threads()},
         {"speech and features": prepared, "total": time.perf_counter() - start},
     )
+    results["examples"] = example.texts(experiment, models)
     if processes.rank() == 0:
+        example.write(experiment, models["student_distilled"], out)
         report.write(results, out)
     return results
 

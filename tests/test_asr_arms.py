@@ -194,3 +194,7 @@ def test_an_error_rate_over_seeds_is_never_below_zero():
     low, high = report.over_seeds([of(0, 90.0), of(1, 140.0)])["wer_interval"]["a"]
     assert low == 0
     assert high > 140
+
+
+def test_a_change_that_rounds_to_zero_has_no_sign():
+    assert [report.signed(x) for x in (0.3, -0.3, 35.4, -2.0)] == ["0", "0", "-35", "+2"]

@@ -87,6 +87,18 @@ def test_reading_speed_gives_way_before_captions_are_late(words):
             assert following[0].start <= round(1000 * following[1].start) + 1500
 
 
+@given(spoken(), st.floats(0, 9))
+@example([Word("yes", 1.0, 1.2, 1.0)], 0.0)
+def test_the_last_caption_ends_with_the_recording(words, silence):
+    seconds = words[-1].end + silence if words else silence
+    free, shown = captions.captions(words), captions.captions(words, seconds=seconds)
+    assert shown[:-1] == free[:-1]
+    for last, unbounded in zip(shown[-1:], free[-1:], strict=True):
+        assert (last.start, last.lines) == (unbounded.start, unbounded.lines)
+        assert last.end <= max(1000 * seconds, last.start + 1000)
+        assert last.end == unbounded.end or last.end >= int(1000 * seconds)
+
+
 def test_calm_speech_is_on_time_and_can_be_read():
     text = "the captain brought the warm camera behind the church and the engine was broken " * 20
     words, at = [], 0.0

@@ -60,6 +60,9 @@ def test_no_model_no_package_no_folder(run, tmp_path, capsys, monkeypatch):
     folder, _ = run
     assert export.main([str(tmp_path / "none"), "a.onnx"]) == 2
     assert "there is no model" in capsys.readouterr().err
+    assert export.main([str(folder), str(tmp_path / "no" / "folder" / "a.onnx")]) == 2
+    assert f"there is no folder {tmp_path / 'no' / 'folder'}" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
     (tmp_path / "file").write_text("")
     assert export.main([str(folder), str(tmp_path / "file" / "a.onnx")]) == 2
     assert "cannot write" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import soundfile
 from safetensors.torch import load_file
 
 from kdkernels import train
+from kdkernels.asr.report import FILES
 
 MODELS = (
     "teacher",
@@ -49,8 +50,11 @@ def again(out, capsys, *arguments):
 def test_a_run_writes_models_and_a_report(out):
     names = {path.name for path in out.iterdir()}
     models = {f"{name}.{suffix}" for name in MODELS for suffix in ("safetensors", "jsonl")}
-    written = {"cache", "checkpoints", "settings.yaml", "wer.png", "loss.png"}
-    assert names == models | written | {"report.json", "report.md"}
+    written = {"cache", "checkpoints", "settings.yaml", *FILES}
+    assert names == models | written
+    vtt = (out / "captions.vtt").read_text()
+    assert vtt.startswith("WEBVTT")
+    assert soundfile.info(out / "captions.wav").duration > 4  # a second after each of four
     report = json.loads((out / "report.json").read_text())
     for table in ("wer", "cer", "wer_interval", "parameters", "curves", "step_ms"):
         assert report[table].keys() == set(MODELS)

@@ -7,6 +7,7 @@ What holds, the first before the others:
 3. A caption begins at most 1.5 seconds after its first word.
 4. It stays long enough to be read at 20 characters a second: past its last word where it must,
    and then the next one begins late, by as much as 3 allows.
+5. The last one ends when the recording does at the latest, where 2 lets it; 4 gives way.
 
 Where people talk faster than anyone reads, 4 gives way first (from 20 characters a second on) and
 3 next (from 84, which nobody says): late captions would come to belong to other pictures.
@@ -57,8 +58,10 @@ class _Token(NamedTuple):
     weak: bool
 
 
-def captions(words: Sequence[Word], doubt: float = DOUBT) -> list[Caption]:
-    """Captions of `words`; those of a confidence below `doubt` are marked.
+def captions(
+    words: Sequence[Word], doubt: float = DOUBT, seconds: float = math.inf
+) -> list[Caption]:
+    """Captions of `words`, in a recording of `seconds`; a confidence below `doubt` is marked.
 
     Raises:
         ValueError: for a word that is empty or has white space, times that are negative, not
@@ -74,7 +77,9 @@ def captions(words: Sequence[Word], doubt: float = DOUBT) -> list[Caption]:
         end = max(group[-1].end, start + max(SHORTEST, READING * _characters(lines)))
         if following:
             end = min(end, max(start + SHORTEST, following[0].start + LATE))
-        shown.append(Caption(start, min(end, start + LONGEST), lines))
+        else:
+            end = min(end, max(start + SHORTEST, 1000 * seconds))
+        shown.append(Caption(start, int(min(end, start + LONGEST)), lines))
     return shown
 
 

@@ -43,6 +43,8 @@ def export(recogniser: Recogniser, path: Path) -> float:
     Raises:
         TrainError: a package is missing, the two disagree, or `path` cannot be written.
     """
+    if not path.parent.exists():
+        raise TrainError(f"cannot write {path}: there is no folder {path.parent}; make it first")
     onnx, _ = packages()
     graph = onnx.load_from_string(_graph(recogniser))
     facts = {

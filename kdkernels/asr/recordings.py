@@ -76,7 +76,7 @@ def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, dou
                 bar.update(len(block) // rate)
 
         words = list(recognise.recognise(model, heard(), rate))
-    shown = captions.captions(words, doubt)
+    shown = captions.captions(words, doubt, samples / rate)
     results = {
         "audio": path.name,
         "seconds": round(samples / rate, 3),

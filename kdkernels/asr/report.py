@@ -25,7 +25,8 @@ NAMES = {
     **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
     **{f"student_{name}": arm.title for name, arm in ARMS.items()},
 }
-FILES = ("report.json", "report.md", "wer.png", "loss.png")
+CAPTIONS = ("captions.wav", "captions.vtt", "captions.srt")
+FILES = ("report.json", "report.md", "wer.png", "loss.png", *CAPTIONS)
 
 
 class Score(NamedTuple):
@@ -161,6 +162,12 @@ def over_seeds(results: list[dict]) -> dict:
     return together
 
 
+def signed(reduction: float) -> str:
+    """A reduction in percent as a change: "-35"; "0" where it rounds to that."""
+    change = round(-reduction)
+    return f"{change:+}" if change else "0"
+
+
 def markdown(r: dict) -> str:
     """The report as a page."""
     hours, counts = r["corpus"]["hours"], r["corpus"]["utterances"]
@@ -204,6 +211,13 @@ def markdown(r: dict) -> str:
         f"[{', '.join(f'{x:.1f}' for x in r['noisy_wer_interval'][name])}]."
         for name, wer in r["noisy_wer"].items()
     ]
+    drawn = f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {r['settings']['seed']}"
+    first = f"seed-{seeds[0]}/" if seeds else ""
+    links = ", ".join(f"[{name}]({first}{name})" for name in CAPTIONS)
+    examples = [
+        f"| {' | '.join(e[k] or '-' for k in ('said', 'alone', 'distilled'))} |"
+        for e in r["examples"]
+    ]
     unseen = "unseen voices and sentences, " if synthesised else ""
     steps = [point["step"] for point in r["curves"]["student_alone"]]
     students = [name for name in r["curves"] if name.startswith("student")]
@@ -222,8 +236,8 @@ def markdown(r: dict) -> str:
             "|---|--:|--:|--:|--:|--:|--:|",
             *rows,
             "",
-            f"- **Distillation changes the student's WER by {-r['relative_reduction']:+.0f} %** "
-            f"(relative; interval {-high:+.0f} to {-low:+.0f}): same seed, same steps, same "
+            f"- **Distillation changes the student's WER by {signed(r['relative_reduction'])} %** "
+            f"(relative; interval {signed(high)} to {signed(low)}): same seed, same steps, same "
             f"seconds of audio in a step, {hours['untranscribed']:.2f} h of untranscribed audio "
             f"beside {hours['student']:.2f} h of transcribed audio.",
             f"- {sooner}",
@@ -238,13 +252,19 @@ def markdown(r: dict) -> str:
             "",
             "![dev WER against steps and seconds](wer.png) ![cost of the loss](loss.png)",
             "",
+            f"The first test utterances, with the distilled student's captions: {links}.",
+            "",
+            "| what was said | the student alone wrote | the distilled one wrote |",
+            "|---|---|---|",
+            *examples,
+            "",
             "Dev WER against steps:",
             "",
             "| step | " + " | ".join(NAMES[n] for n in students) + " |",
             "|--:|" + "--:|" * len(students),
             *curve,
             "",
-            f"Corpus sha256 {r['corpus']['sha256'][:16]}, seed {r['settings']['seed']}, "
+            f"Corpus sha256 {r['corpus']['sha256'][:16]}, {drawn}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
             f"{r['machine']['precision']}; {r['seconds']['total']:.0f} s, beside what was on disk.",
             "",

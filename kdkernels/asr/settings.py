@@ -175,6 +175,12 @@ PRESETS = {
 }
 
 
+class _Parser(ArgumentParser):
+    def error(self, message, ex=None):
+        """Without the usage text: of so many options it would hide what is wrong."""
+        self.exit(2, f"error: {message}; try --help\n")
+
+
 def _parser(mode: str):
     class Help(DefaultHelpFormatter):
         def _fill_text(self, text, width, indent):
@@ -183,7 +189,7 @@ def _parser(mode: str):
         def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
             return None
 
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="python -m kdkernels.train",
         description="Train a teacher, a student alone and students distilled from the teacher; "
         "compare their word error rates.",

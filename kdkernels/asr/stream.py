@@ -104,37 +104,42 @@ def run(
     """Words to standard output, a new line after a pause; latencies to standard error.
 
     The audio latency of a word is what was read after its end when it was printed; processing is
-    the time from a block's arrival to the last word that it decided.
+    the time from a block's arrival to the last word that it decided. The summary leaves out words
+    that the end of the stream made final: what comes after them was not waited for.
     """
     rate, pieces = blocks(source, rate, channels)
-    samples, arrived, computing = 0, time.perf_counter(), 0.0
+    samples, arrived, computing, ended = 0, time.perf_counter(), 0.0, False
 
     def heard() -> Iterator[np.ndarray]:
-        nonlocal samples, arrived, computing
+        nonlocal samples, arrived, computing, ended
         for block in pieces:
             samples, arrived = samples + len(block), time.perf_counter()
             yield block
             computing += time.perf_counter() - arrived
+        ended = True
 
-    lags, delays, before = [], [], None
+    count, lags, delays, before = 0, [], [], None
     for word in recognise.recognise(model, heard(), rate):
-        lags.append(samples / rate - word.end)
+        count, lag = count + 1, samples / rate - word.end
         if as_json:
-            line = {**captions.facts(word), "latency": round(lags[-1], 3)}
+            line = {**captions.facts(word), "latency": round(lag, 3)}
             print(json.dumps(line, ensure_ascii=False))
         else:
             pause = before is not None and word.start - before >= captions.PARAGRAPH
             gap = "" if before is None else "\n" if pause else " "
             print(gap + captions.marked(word, doubt), end="", flush=True)
-        delays.append(time.perf_counter() - arrived)
+        if not ended:
+            lags.append(lag)
+            delays.append(time.perf_counter() - arrived)
         before = word.end
     if before is not None and not as_json:
         print()
     seconds = samples / rate
-    print(f"{seconds:.1f} s, {len(lags)} words", end="", file=sys.stderr)
+    print(f"{seconds:.1f} s, {count} words", end="", file=sys.stderr)
     if lags:
         print(
-            f"; from the end of a word to its printing: {statistics.median(lags):.2f} s of audio "
+            f"; {len(lags)} became final before the end of the stream, from the end of a word to "
+            f"its printing: {statistics.median(lags):.2f} s of audio "
             f"in the median, {max(lags):.2f} s at most, of which "
             f"{recognise.look_ahead(model):.2f} s are what the model must hear after it; "
             f"and {1e3 * statistics.median(delays):.0f} ms of computing, "

@@ -33,9 +33,10 @@ KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, flo
 }
 
 // The exponentials of the scaled logits less their maxima, into scratch [n][2][C]; added to p_sum,
-// q_sum and p_d [kMaxRows]: their sums, and the sum of p d, d as above. A row's numbers do not
-// depend on the rows beside it.
-template <bool kSameTemperature, int kVectors>
+// q_sum and p_d [kMaxRows]: their sums, and the sum of p d, d without the normalisers in units of
+// log
+// 2. A row's numbers do not depend on the rows beside it.
+template <int kVectors>
 KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales scale, float* scratch,
                                Maxima& largest, double* p_sum, double* q_sum, double* p_d) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -74,7 +75,7 @@ KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales sc
           __builtin_prefetch(p_logits + i + scale.p_ahead);
           __builtin_prefetch(q_logits + i + scale.q_ahead);
           if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
-          const VecF32 d = scaled_difference<kSameTemperature>(p, q, p_scale, q_scale);
+          const VecF32 d = p * p_scale - q * q_scale;
           const VecF32 p_exp = exp2(p, p_scale), q_exp = exp2(q, q_scale);
           some_p += p_exp;
           some_q += q_exp;

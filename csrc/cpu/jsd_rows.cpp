@@ -25,7 +25,7 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
   constexpr int W = kLanes<float>;
   Maxima largest;
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kSameTemperature, kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);

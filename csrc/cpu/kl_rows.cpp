@@ -154,7 +154,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
   // Logarithms are to the base 2 until the sums are complete.
   const float p_scale = float(scale.p * kLog2e), q_scale = float(scale.q * kLog2e);
   double p_sum[W] = {}, q_sum[W] = {}, p_d[W] = {};
-  exp_rows<kSameTemperature, kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
+  exp_rows<kVectors>(rows, n, C, scale, scratch, largest, p_sum, q_sum, p_d);
 
   float p_row[W], q_row[W];  // from an exponential to its part of the gradient
   double d0_mean[W];         // sum of p d, d without the normalisers

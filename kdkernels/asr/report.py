@@ -215,7 +215,7 @@ def markdown(r: dict) -> str:
     first = f"seed-{seeds[0]}/" if seeds else ""
     links = ", ".join(f"[{name}]({first}{name})" for name in CAPTIONS)
     examples = [
-        f"| {' | '.join(e[k] or '-' for k in ('said', 'alone', 'distilled'))} |"
+        f"| {' | '.join(e[k].replace('|', '/') or '-' for k in ('said', 'alone', 'distilled'))} |"
         for e in r["examples"]
     ]
     unseen = "unseen voices and sentences, " if synthesised else ""

@@ -34,7 +34,7 @@ each with =WEIGHT after it where several shall not count the same.
 
 The same command with the same --out goes on where it was, whatever ended it; finished stages are
 used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
-what does not depend on them is taken back.
+what does not depend on them is taken back; delete OUT/previous when you need nothing of it.
 
 Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
 out among them, the results those of one process.

@@ -39,7 +39,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of a row: who is slow sits rounds out; 1.4 where all is measured",
     )
     p.add_argument("--backend", help="backend of this package")
-    p.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
+    p.add_argument(
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        default=argparse.SUPPRESS,  # or --help would say "default: True"
+        help="no torch.compile",
+    )
     p.add_argument("--cold", action="store_true", help="empty the caches before every step")
     p.add_argument("--memory", action="store_true", help="peak memory of a step too")
     p.add_argument("--loop", action="store_true", help="between a layer and its update too")
@@ -50,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write the results here too")
     p.add_argument("--out", type=Path, default=Path("kdkernels-bench"), help="folder of the report")
     args = p.parse_args(arguments)
+    args.compile = getattr(args, "compile", True)
     if not select(args.op, args.tiny, args.shape):
         labels = ", ".join(dict.fromkeys(s.label for s in select(args.op, args.tiny)))
         p.error(f"--shape: no row has {args.shape!r}; there are {labels}")

@@ -1,5 +1,7 @@
 """What is measured of every row of the table of shapes."""
 
+import gc
+
 import torch
 
 from . import markdown, memory
@@ -23,6 +25,8 @@ def measure_rows(args, bandwidth: float) -> list[dict]:
 
 def measure_row(shape: Shape, args) -> dict:
     """One set of contenders, compiled once, for everything."""
+    gc.collect()
+    gc.freeze()  # what is there stays: hundreds of collections need not go through it again
     inputs = make_inputs(shape)
     rivals = contenders(shape, inputs, args.backend, args.compile)
     steps = {name: rival.step for name, rival in rivals.items()}

@@ -60,7 +60,7 @@ def ctc_loss(
 
     Returns:
         Tensor: in nats, float32 (float64 for float64 logits). Half-precision logits are read as
-        they are, and their gradient is rounded once.
+        they are, and their gradient is rounded once, or twice where the loss is multiplied.
 
     Raises:
         ValueError: for shapes, and for values of `blank`, lengths and labels. Values that lie on a

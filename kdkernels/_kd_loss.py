@@ -64,10 +64,10 @@ def kd_loss(
 
     Returns:
         Tensor: in nats, float32, or float64 where either of the logits is float64. Half-precision
-        logits are read as they are; arithmetic is in float32 at least, and gradients are rounded
-        once to the dtype of the logits. Classes of logit -inf have probability 0 and a gradient of
-        0; a class that has mass where the divergence divides by a probability of 0 makes the loss
-        of that row infinite, and its gradients stay finite.
+        logits are read as they are; arithmetic is in float32 at least, and gradients are rounded to
+        the dtype of the logits once, or twice where the loss is multiplied. Classes of logit -inf
+        have probability 0 and a gradient of 0; a class that has mass where the divergence divides
+        by a probability of 0 makes the loss of that row infinite, and its gradients stay finite.
 
     Raises:
         ValueError: for shapes, devices, temperatures, names and `beta`.

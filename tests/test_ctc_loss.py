@@ -20,6 +20,8 @@ from helpers import (
 )
 from tolerances import DTYPES, assert_ctc_grad, assert_loss
 
+import kdkernels as kd
+
 OPS = ("ctc_loss",)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -56,6 +58,20 @@ def test_torch(on, dtype, reduction):
 def test_regimes(on, regime):
     for seed, (T, N, C, S) in enumerate(SHORT if on.slow else EVERY_SIZE):
         check(on, problem(T, N, C, S, regime, seed))
+
+
+def test_losses_that_are_next_to_nothing(on):
+    """Right in nats, if not against themselves: utterances more and more certain of one path."""
+    p = problem(T=25, N=12, C=7, S=6, seed=4)
+    paths, _ = kd.ctc_align(p.logits, *p.rest, backend="reference")
+    certainty = torch.linspace(5, 25, 12)[None, :, None]
+    there = F.one_hot(paths.t().clamp(min=0), 7)
+    p = p._replace(logits=(p.logits + certainty * there).float())
+    expected, _ = ctc_oracle(p, "none")
+    assert expected.min() < 1e-7 < 0.01 < expected.max()
+    loss = on.ctc_loss(p.logits.to(on.device), *p.rest, reduction="none")
+    small = expected < 0.1
+    torch.testing.assert_close(loss.double().cpu()[small], expected[small], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("regime", ["normal", "blank_collapsed", *large("trained", "tight")])

@@ -199,6 +199,16 @@ def test_rows_of_few_values(on, divergence):
         assert_kd_grad(row, expected_row, torch.float32)
 
 
+def test_certain_rows_that_agree(on):
+    """Their gradients are next to nothing, and right against a probability."""
+    s = randn(200, 33, seed=37, scale=20).float()
+    t = (s + randn(200, 33, seed=38, scale=0.1)).float()
+    _, expected, _ = kd_oracle(s, t, reduction="sum")
+    x = on.leaf(s)
+    on.kd_loss(x, t.to(on.device), reduction="sum").backward()
+    torch.testing.assert_close(x.grad.double().cpu(), expected, rtol=0, atol=3e-7)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_far_apart(on, divergence):
     """The teacher certain of one class, the student of another."""

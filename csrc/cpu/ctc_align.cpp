@@ -1,7 +1,7 @@
 // ctc_align on the CPU: the best path of each utterance (Viterbi), in float64 so that it is the
 // best one. Paths differ in their logits alone: what the softmax of each frame divides by is left
 // to the score. States are pairs of blank k and label k, as alpha's in ctc_recursion.h. Stored:
-// three bits a pair and frame, saying where its best paths came from.
+// where their best paths came from, three bits a pair and frame.
 
 #include <omp.h>
 
@@ -22,8 +22,9 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// Of a vector of pairs, a bit for each: the blank's best path came from the label before it, the
-// label's from the blank before it, from the label before that one (which wins). Else from itself.
+// Of a vector of pairs, a bit of each byte for each: the blank's best path came from the label
+// before it, the label's from the blank before it, from the label before that one (which wins).
+// Else from itself.
 struct Steps {
   uint8_t blank_advances, label_advances, label_skips;
 };
@@ -50,7 +51,8 @@ class Viterbi {
   double run(int64_t T, int64_t C, int64_t S, const int64_t* labels, int64_t blank_class, Row row,
              int64_t ahead, int64_t* path) {
     std::fill(path, path + T, int64_t(-1));
-    begin(T, C, S, labels, blank_class);
+    target_.begin(labels, S, C, blank_class);
+    begin(T, S);
     const int64_t block = std::min<int64_t>(kLanes<Float>, rows_in_block(C));
     for (int64_t t = 0; t < T; t += block) {
       const int n = int(std::min(block, T - t));
@@ -67,7 +69,7 @@ class Viterbi {
     const bool on_label = S > 0 && label_[S - 1] > blank_[S];
     const double score = on_label ? label_[S - 1] : blank_[S];
     if (score == -kInf) return score;
-    trace_back(on_label, labels, blank_class, path);
+    trace_back(on_label, blank_class, path);
     return score - log_divisors();
   }
 
@@ -75,16 +77,13 @@ class Viterbi {
   static int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
 
   // Before the first frame the path is in the first blank.
-  void begin(int64_t T, int64_t C, int64_t S, const int64_t* labels, int64_t blank_class) {
+  void begin(int64_t T, int64_t S) {
     T_ = T, S_ = S, vectors_ = whole_vectors(S + 1) / W;
-    target_.begin(labels, S, C, blank_class);
     std::fill(label_logits_ + S, label_logits_ + vectors_ * W, Float(-kInf));
     std::fill(blank_, blank_ + vectors_ * W, -kInf);
     std::fill(label_, label_ + vectors_ * W, -kInf);
     blank_[0] = 0;
-    for (int64_t k = 0; k < vectors_ * W; k++) {
-      skip_[k] = k > 0 && k < S && labels[k] != labels[k - 1] ? -1 : 0;
-    }
+    std::copy(target_.skip(), target_.skip() + vectors_ * W, skip_);
   }
 
   // Frame t, in the vectors with a state that can be reached and can still reach the end.
@@ -106,10 +105,10 @@ class Viterbi {
     }
   }
 
-  void trace_back(bool on_label, const int64_t* labels, int64_t blank_class, int64_t* path) const {
+  void trace_back(bool on_label, int64_t blank_class, int64_t* path) const {
     int64_t k = on_label ? S_ - 1 : S_;
     for (int64_t t = T_ - 1; t >= 0; t--) {
-      path[t] = on_label ? labels[k] : blank_class;
+      path[t] = on_label ? target_.label(k) : blank_class;
       const Steps& steps = steps_[t * vectors_ + k / W];
       const int bit = int(k % W);
       if (on_label && steps.label_skips >> bit & 1) {
@@ -124,18 +123,18 @@ class Viterbi {
   }
 
   // Logarithm of what the softmaxes of all frames divide by, relative to the largest logits.
-  double log_divisors() const {
-    VecF64 sum{};
-    for_each_vector<double>(
-        T_, [&](int64_t t, int lanes) { sum += log1p(load_n(rest_ + t, lanes, 0.0)); });
-    return reduce_add(sum);
+  double log_divisors() {
+    log2_1p(rest_, T_);
+    double sum = 0;
+    for (int64_t t = 0; t < T_; t++) sum += rest_[t];
+    return sum * kLn2;
   }
 
   Target<Float> target_;
   int64_t T_ = 0, S_ = 0, vectors_ = 0;
   Float *logits_, *label_logits_;  // [rows_in_block(C)][C]; [S], then -inf
   double* rest_;                   // [T], see SoftmaxRow
-  int64_t* skip_;                  // -1 where label k - 1 may be followed by label k, else 0
+  int64_t* skip_;                  // the target's, as wide as the vectors here
   double *blank_, *label_;         // log-probabilities of the best paths to them
   Steps* steps_;                   // [T][vectors]
 };

@@ -32,6 +32,19 @@ KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, flo
   return (p - q) * q_scale + p * (p_scale - q_scale);
 }
 
+// function(std::bool_constant<one temperature>, std::integral_constant<int, vectors>), the latter
+// as in with_row_vectors.
+template <class Function>
+KDKERNELS_INLINE void with_row_shape(int64_t C, KLScales scale, Function function) {
+  with_row_vectors<float>(C, [&](auto vectors) {
+    if (scale.p == scale.q) {
+      function(std::true_type(), vectors);
+    } else {
+      function(std::false_type(), vectors);
+    }
+  });
+}
+
 // The exponentials of the scaled logits less their maxima, into scratch [n][2][C]; added to p_sum,
 // q_sum and p_d [kMaxRows]: their sums, and the sum of p d, d without the normalisers in units of
 // log

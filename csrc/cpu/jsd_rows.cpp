@@ -119,12 +119,8 @@ void jsd_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& 
 
 void jsd_rows(KLRows& rows, int n, int64_t C, KLScales scale, const Mixture& mixture,
               float* scratch, Left* left) {
-  with_row_vectors<float>(C, [&](auto vectors) {
-    if (scale.p == scale.q) {
-      jsd_rows_of<true, vectors()>(rows, n, C, scale, mixture, scratch, left);
-    } else {
-      jsd_rows_of<false, vectors()>(rows, n, C, scale, mixture, scratch, left);
-    }
+  with_row_shape(C, scale, [&](auto one_temperature, auto vectors) {
+    jsd_rows_of<one_temperature(), vectors()>(rows, n, C, scale, mixture, scratch, left);
   });
 }
 

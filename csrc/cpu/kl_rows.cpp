@@ -288,12 +288,8 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
 
 void kl_rows(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, float* scratch,
              Left* left) {
-  with_row_vectors<float>(C, [&](auto vectors) {
-    if (scale.p == scale.q) {
-      kl_rows_of<true, vectors()>(rows, n, C, scale, only_far, scratch, left);
-    } else {
-      kl_rows_of<false, vectors()>(rows, n, C, scale, only_far, scratch, left);
-    }
+  with_row_shape(C, scale, [&](auto one_temperature, auto vectors) {
+    kl_rows_of<one_temperature(), vectors()>(rows, n, C, scale, only_far, scratch, left);
   });
 }
 

@@ -185,7 +185,7 @@ class RowInMemory {
     if (!(from[0] > -kInfinity && from[1] > -kInfinity)) return;  // nothing summed yet
     const float p_less = from[0] - p_max, q_less = from[1] - q_max;
     const double p_factor = double(scale.exp(p_less)), q_factor = double(scale.exp(q_less));
-    p_d = (p_d + p_sum * double(((p_less - q_less) * scale.factor))) * p_factor;
+    p_d = (p_d + p_sum * double((p_less - q_less) * scale.factor)) * p_factor;
     p_sum *= p_factor;
     q_sum *= q_factor;
   }

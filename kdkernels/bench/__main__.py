@@ -40,11 +40,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--backend", help="backend of this package")
     p.add_argument(
-        "--no-compile",
-        dest="compile",
-        action="store_false",
-        default=argparse.SUPPRESS,  # or --help would say "default: True"
-        help="no torch.compile",
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile as a contender",
     )
     p.add_argument("--cold", action="store_true", help="empty the caches before every step")
     p.add_argument("--memory", action="store_true", help="peak memory of a step too")
@@ -56,7 +55,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write the results here too")
     p.add_argument("--out", type=Path, default=Path("kdkernels-bench"), help="folder of the report")
     args = p.parse_args(arguments)
-    args.compile = getattr(args, "compile", True)
     if not select(args.op, args.tiny, args.shape):
         labels = ", ".join(dict.fromkeys(s.label for s in select(args.op, args.tiny)))
         p.error(f"--shape: no row has {args.shape!r}; there are {labels}")

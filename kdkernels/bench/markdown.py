@@ -205,6 +205,23 @@ def not_the_fastest(result: dict) -> str:
     return "\n".join(lines) or "Nowhere: at every row this package has the least median."
 
 
+def floors(result: dict) -> str:
+    every = [
+        (row, name, floor)
+        for row in result["rows"]
+        for name, floor in row.get("floors", {}).items()
+    ]
+    lines = [
+        f"- `{row['op']}` {row['shape']}: {row['ratios'][name]['value']:.3g} "
+        f"{'times the time of' if of_theirs(name) else 'times as fast as'} {NAMES[name]}, "
+        f"at {'most' if of_theirs(name) else 'least'} {floor['floor']:g} wanted"
+        for row, name, floor in every
+        if not floor["met"]
+    ]
+    missed = f"{len(lines)} of the {len(every)} that this project set itself are missed in this run"
+    return every and "\n\n".join([missed + ".", *(["\n".join(lines)] if lines else [])])
+
+
 def traffic(result: dict) -> str:
     rows = []
     for row in result["rows"]:
@@ -341,6 +358,7 @@ def training_step(result: dict) -> str:
 SECTIONS = {
     "Times": every_time,
     "Where another is faster": not_the_fastest,
+    "Floors": floors,
     "Traffic and threads": traffic,
     "Cost of a call": smallest_call,
     "Peak memory": peak_memory,

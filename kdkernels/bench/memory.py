@@ -32,7 +32,7 @@ def peak_once(step: Callable, inputs) -> int:
     inputs.student.grad = None
     gc.collect()
     libc.malloc_trim(0)
-    libc.prctl(THP_DISABLE, 1, 0, 0, 0)  # pages of 2 MB would count a row of a small shape as one
+    libc.prctl(THP_DISABLE, 1, 0, 0, 0)  # small shapes would be counted in steps of 2 MB
     try:
         CLEAR.write_text("5")  # VmHWM starts again from VmRSS
         before = resident("VmRSS")

@@ -8,7 +8,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tiny", action="store_true", help="tiny shapes: try the files, measure nothing"
     )
-    parser.addoption("--threads", type=int, default=2, help="torch threads")
+    parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
 
 
 def pytest_generate_tests(metafunc):

@@ -21,9 +21,11 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
 // The kernels of one instruction set. Integers of Python arrive as int64_t, the three enumerations
 // above as their values.
 struct Kernels {
+  // Of a workspace, wide: float64 is among the logits.
+
   // kd_loss
 
-  int64_t (*kd_loss_workspace)(int64_t rows, int64_t C, int64_t threads);
+  int64_t (*kd_loss_workspace)(int64_t rows, int64_t C, int64_t wide, int64_t threads);
 
   // Divergence of each row of logits and its gradients, in one visit of each row.
   void (*kd_loss_forward)(int64_t rows, int64_t C,
@@ -43,7 +45,8 @@ struct Kernels {
 
   // ctc_loss, ctc_kd_loss, ctc_posteriors
 
-  int64_t (*ctc_loss_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
+  int64_t (*ctc_loss_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t wide,
+                                int64_t threads);
 
   // CTC loss of each utterance and its gradient; with a teacher the divergence of each frame as
   // well, and both gradients written as one.
@@ -69,7 +72,8 @@ struct Kernels {
 
   // ctc_align
 
-  int64_t (*ctc_align_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads);
+  int64_t (*ctc_align_workspace)(int64_t T, int64_t N, int64_t C, int64_t S, int64_t wide,
+                                 int64_t threads);
 
   // Viterbi path of each utterance and its log-probability.
   void (*ctc_align)(int64_t T, int64_t N, int64_t C, int64_t S,                             //

@@ -61,6 +61,9 @@ def run(settings: Settings) -> dict:
     with processes.first_then_others():
         corpora = prepare(settings, cache, teachers.characters(opened))
     prepared = time.perf_counter() - start
+    there = len(corpora.transcribed)
+    if there < settings.student_transcripts:
+        warn(f"--student-transcripts {settings.student_transcripts}: there are {there}")
     experiment = Experiment(settings, folder, cache, on, corpora)
 
     models: dict[str, Trained] = {}

@@ -138,6 +138,9 @@ def test_text_is_normalised():
         (["--untranscribed-share", "1"], "--untranscribed-share must be in (0, 1), got 1.0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--learning-rate=-1e-3"], "--learning-rate must be greater than 0, got -0.001"),
+        (["--kd-weight", "nan"], "--kd-weight must be a number (float), got nan"),
+        (["--seeds", "two"], "--seeds must be a number (int), got two"),
+        (["--arms", "distilled"], "--arms must have alone"),
         (["--test", "a.jsonl"], "own data needs --transcribed, --untranscribed and --test"),
     ],
 )
@@ -146,6 +149,25 @@ def test_settings_that_make_no_sense(arguments, message, capsys):
         settings.parse(arguments)
     error = " ".join(capsys.readouterr().err.split())
     assert message in error
+
+
+def test_a_switch_in_a_settings_file_is_true_or_false(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    config.write_text("skip_bad: true")
+    assert settings.parse(["--config", str(config)]).skip_bad
+    config.write_text("skip_bad: 7")
+    with pytest.raises(SystemExit, match="2"):
+        settings.parse(["--config", str(config)])
+    assert "--skip-bad must be true or false, got 7" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_as_they_are_written(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        settings.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: )" not in text
+    assert "learn from; see below (default: own)" in text
+    assert "(default: 48.0)" in text
 
 
 def test_presets_are_overridden_by_options():

@@ -137,9 +137,10 @@ def test_readme_without_markers_is_an_error():
 def test_contenders_take_turns_until_the_rounds_or_the_seconds_are_over():
     turns = []
     steps = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
-    times = interleave(steps, rounds=3, cold=True)  # cold: one call a turn
-    assert [len(t) for t in times.values()] == [3, 3]
-    assert "".join(turns[-6:]) == "abbaab"
+    times = interleave(steps, rounds=20, cold=True)  # cold: one call a turn
+    assert [len(t) for t in times.values()] == [20, 20]
+    rounds = {"".join(turns[-2 * i - 2 :][:2]) for i in range(20)}
+    assert rounds == {"ab", "ba"}
 
 
 def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
@@ -150,9 +151,9 @@ def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
     assert len(times["b"]) == MIN_ROUNDS
 
 
-def test_a_ratio_and_its_spread_are_those_within_rounds_that_both_ran_in():
+def test_a_ratio_is_of_the_medians_and_its_spread_of_rounds_that_both_ran_in():
     times = {"a": {0: 2.0, 3: 4.0, 6: 6.0}, "b": {0: 1.0, 1: 9.0, 2: 1.0, 3: 1.0, 6: 2.0}}
-    assert ratio(times, "a", "b") == {"value": 3.0, "p25": 2.0, "p75": 4.0}
+    assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
 
 
 def test_a_shape_that_no_row_has_is_an_error(capsys):
@@ -214,6 +215,27 @@ def test_every_contender_runs(shape):
     found = errors(shape, inputs, rivals)
     assert set(found) == set(rivals) - {"copy"}
     assert not any(e["differs"] for e in found.values())
+
+
+def test_a_peer_that_raises_costs_its_own_figures_alone(monkeypatch):
+    def broken(*args, **options):
+        raise TypeError("another argument\nand more")
+
+    shape = TINY[0]
+    monkeypatch.setattr(peers, "trl_divergence", broken)
+    monkeypatch.setattr(peers, "runs", lambda name, device: name == "trl")
+    inputs, failed = make_inputs(shape), {}
+    assert list(contenders(shape, inputs, compile=False, failed=failed)) == [
+        "ours",
+        "eager",
+        "copy",
+    ]
+    assert failed == {"trl": "TypeError: another argument"}
+    with pytest.raises(TypeError, match="another argument"):
+        contenders(shape, inputs, compile=False)
+    row = {"op": "kd_loss", "shape": "(1, 2)", "failed": failed}
+    said = markdown.peers_list({"rows": [row]})
+    assert "- trl failed at `kd_loss` (1, 2): TypeError: another argument" in said
 
 
 def test_every_operator_has_rows_and_a_benchmark_file():

@@ -148,8 +148,9 @@ int64_t piece_of(int64_t T, int64_t C, int64_t S) {
 
 }  // namespace
 
-int64_t ctc_align_workspace(int64_t T, int64_t, int64_t C, int64_t S, int64_t threads) {
-  return threads * std::max(piece_of<float>(T, C, S), piece_of<double>(T, C, S));
+int64_t ctc_align_workspace(int64_t T, int64_t, int64_t C, int64_t S, int64_t wide,
+                            int64_t threads) {
+  return threads * (wide ? piece_of<double>(T, C, S) : piece_of<float>(T, C, S));
 }
 
 void ctc_align(int64_t T, int64_t N, int64_t C, int64_t S, const void* logits, int64_t dtype,

@@ -110,9 +110,10 @@ double weighted(double weight, double x) { return weight == 0 ? 0.0 : weight * x
 
 }  // namespace
 
-int64_t ctc_loss_workspace(int64_t T, int64_t N, int64_t C, int64_t S, int64_t threads) {
-  return std::max(Workspace<float>::size(T, N, C, S, threads),
-                  Workspace<double>::size(T, N, C, S, threads));
+int64_t ctc_loss_workspace(int64_t T, int64_t N, int64_t C, int64_t S, int64_t wide,
+                           int64_t threads) {
+  return wide ? Workspace<double>::size(T, N, C, S, threads)
+              : Workspace<float>::size(T, N, C, S, threads);
 }
 
 void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* logits, int64_t dtype,

@@ -143,10 +143,10 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
 
 }  // namespace
 
-int64_t kd_loss_workspace(int64_t rows, int64_t C, int64_t threads) {
+int64_t kd_loss_workspace(int64_t rows, int64_t C, int64_t wide, int64_t threads) {
   Arena arena(nullptr);
   arena.take<double>(rows);
-  return arena.used() + threads * std::max(piece_of<float>(C), piece_of<double>(C));
+  return arena.used() + threads * (wide ? piece_of<double>(C) : piece_of<float>(C));
 }
 
 void kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t* layout,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -178,6 +179,11 @@ PRESETS = {
 class _Parser(ArgumentParser):
     def error(self, message, ex=None):
         """Without the usage text: of so many options it would hide what is wrong."""
+        wrong = re.fullmatch(r'Parser key "(\w+)":\s+Expected an? <class \'(\w+)\'>. (.*)', message)
+        if wrong:
+            name, kind, got = wrong.groups()
+            got = got.removeprefix("Got value: ")
+            message = f"--{name.replace('_', '-')} must be a number ({kind}), got {got}"
         self.exit(2, f"error: {message}; try --help\n")
 
 
@@ -188,6 +194,14 @@ def _parser(mode: str):
 
         def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
             return None
+
+        def _get_help_string(self, action):
+            if action.default == "" or action.default is False:
+                return action.help
+            text = super()._get_help_string(action)
+            if isinstance(action.default, list):  # as it is written on the command line
+                text = text.replace("%(default)s", ",".join(action.default))
+            return text
 
     parser = _Parser(
         prog="python -m kdkernels.train",
@@ -249,6 +263,9 @@ def problem(settings: Settings) -> str | None:
     """What is wrong with the settings, if anything."""
     for setting in fields(Settings):
         value = getattr(settings, setting.name)
+        flag = "--" + setting.name.replace("_", "-")
+        if setting.type is bool and not isinstance(value, bool):  # in a settings file
+            return f"{flag} must be true or false, got {value!r}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if setting.name == "noise_snr":
@@ -258,7 +275,7 @@ def problem(settings: Settings) -> str | None:
         zero = setting.name in MAY_BE_ZERO
         if not (0 < value < math.inf or (zero and value == 0)):
             least = "at least 0" if zero else "greater than 0"
-            return f"--{setting.name.replace('_', '-')} must be {least}, got {value}"
+            return f"{flag} must be {least}, got {value}"
     if settings.temperature < 1e-30:
         return f"--temperature must be at least 1e-30, got {settings.temperature}"
     if settings.untranscribed_share >= 1:

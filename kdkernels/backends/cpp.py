@@ -110,7 +110,7 @@ def kd_loss_forward(
     )
     loss = _empty(tuple(shape) if reduction == "none" else (), dtype)
     threads = torch.get_num_threads()
-    workspace = _workspace(_kernels.kd_loss_workspace(rows, C, threads))
+    workspace = _workspace(_kernels.kd_loss_workspace(rows, C, dtype is torch.float64, threads))
     _kernels.kd_loss_forward(
         rows,
         C,
@@ -178,7 +178,8 @@ def _ctc(
     labels = _Labels(targets, input_lengths, target_lengths)
     S = labels.longest
     threads = torch.get_num_threads()
-    workspace = _workspace(_kernels.ctc_loss_workspace(T, N, C, S, threads))
+    wide = float_dtype(logits, logits if teacher is None else teacher) is torch.float64
+    workspace = _workspace(_kernels.ctc_loss_workspace(T, N, C, S, wide, threads))
     _kernels.ctc_loss_forward(
         T,
         N,
@@ -319,7 +320,8 @@ def ctc_align(
     paths = _empty((N, T), torch.int64)
     scores = _empty((N,), float_dtype(logits))
     threads = torch.get_num_threads()
-    workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, threads))
+    wide = scores.dtype is torch.float64
+    workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, wide, threads))
     _kernels.ctc_align(
         T,
         N,

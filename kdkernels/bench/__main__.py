@@ -31,7 +31,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--op", choices=OPS, help="the rows of one operator: only times, without --all")
     p.add_argument("--shape", help="only rows whose sizes contain this, such as '500, 32'")
-    p.add_argument("--threads", type=int, default=2, help="of torch and of this package")
+    p.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch and of this package"
+    )
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument(
         "--seconds",

@@ -16,8 +16,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from statistics import median
+
+import torch
 
 from . import instructions
 from .shapes import OPS, select
@@ -39,10 +43,11 @@ def build(commit: str, folder: Path, pip_options: list[str]) -> Path:
         [*git, "rev-parse", "--show-toplevel"], check=True, capture_output=True, text=True
     ).stdout.strip()
     source.mkdir(parents=True)
-    archive = subprocess.run(
-        ["git", "-C", top, "archive", commit], check=True, stdout=subprocess.PIPE
-    ).stdout
-    subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
+    archive = subprocess.run(["git", "-C", top, "archive", commit], stdout=subprocess.PIPE)
+    if archive.returncode:
+        raise SystemExit(f"compare: expected a commit, got {commit!r}")
+    print(f"building {commit}", flush=True)
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     options = ["-C", "cmake.define.KDKERNELS_CUDA=OFF"]
     subprocess.run([*command, str(target), *options, *pip_options, str(source)], check=True)
@@ -73,8 +78,6 @@ def check_sources() -> None:
 
 def serve(args) -> None:
     """A child: for each row number on stdin, one round of `ours`; its seconds on stdout."""
-    import torch
-
     from .contenders import contenders, make_inputs
     from .timing import interleave
 
@@ -110,22 +113,21 @@ class Child:
         self.process.wait()
 
 
-def wall_times(old: Path, new: Path, rows: list[int], args) -> dict[int, dict[str, list[float]]]:
-    """Row -> seconds of "old", "new" and "again" (the old commit once more), one a round."""
+def wall_times(old: Path, new: Path, rows: list[int], args) -> Iterator[tuple[int, dict]]:
+    """Row, and verdict on the seconds of "old", "new" and "again" (the old commit once more)."""
     children = {"old": Child(old, args), "new": Child(new, args), "again": Child(old, args)}
     try:
-        times = {}
         for row in rows:
-            times[row] = {name: [] for name in children}
-            order = list(children)
+            times = {name: [] for name in children}
+            order, shuffle = list(children), Random(0).shuffle
             for _ in range(args.rounds):
+                shuffle(order)
                 for name in order:
-                    times[row][name].append(children[name].measure(row))
-                order.append(order.pop(0))
+                    times[name].append(children[name].measure(row))
+            yield row, verdict(times)
     finally:
         for child in children.values():
             child.end()
-    return times
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -148,8 +150,15 @@ def verdict(times: dict[str, list[float]]) -> dict:
 # ---------------------------------------------------------------- instructions
 
 
-def counts(site: Path, rows: list[int], args) -> dict[int, int]:
+def instruction_counts(old: Path, new: Path, rows: list[int], args) -> Iterator[tuple[int, dict]]:
+    before, after = (count(site, rows, args) for site in (old, new))
+    for row in rows:
+        yield row, count_verdict(before[row], after[row])
+
+
+def count(site: Path, rows: list[int], args) -> dict[int, int]:
     """Row -> instructions of the extension in `site`."""
+    print(f"counting, {site.parent.name}", flush=True)
     return instructions.count(
         [*PYTHON, "kdkernels.bench.instructions"],
         rows,
@@ -176,7 +185,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--op", choices=OPS)
     p.add_argument("--shape", default="", help="only rows whose sizes contain this")
     p.add_argument("--rounds", type=int, default=25)
-    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--instructions", action="store_true", help="count them, by callgrind")
     p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
     p.add_argument("--json", type=Path)
@@ -200,24 +209,22 @@ def main() -> int:
             build(c, Path(folder) / n, args.pip)
             for c, n in zip(args.commits, ("old", "new"), strict=True)
         )
-        if args.instructions:
-            before, after = counts(old, rows, args), counts(new, rows, args)
-            results = {i: count_verdict(before[i], after[i]) for i in rows}
-        else:
-            results = {i: verdict(t) for i, t in wall_times(old, new, rows, args).items()}
-    for i, r in results.items():
-        said = (
-            f"{r['old']:,} to {r['new']:,} instructions"
-            if args.instructions
-            else f"[{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}"
-        )
-        print(f"{table[i].op} {table[i].label}: {r['ratio']:.3f} {said} {r['moved']}")
+        results = {}
+        measure = instruction_counts if args.instructions else wall_times
+        for i, r in measure(old, new, rows, args):
+            name = f"{table[i].op} {table[i].label}"
+            results[name] = r
+            said = (
+                f"{r['old']:,} to {r['new']:,} instructions"
+                if args.instructions
+                else f"[{r['low']:.3f}, {r['high']:.3f}], noise {r['noise']:.1%}"
+            )
+            print(f"{name}: {r['ratio']:.3f} {said} {r['moved']}", flush=True)
     slower = sum(r["moved"] == "slower" for r in results.values())
     faster = sum(r["moved"] == "faster" for r in results.values())
     print(f"{slower} rows slower, {faster} faster, of {len(results)}")
     if args.json:
-        named = {f"{table[i].op} {table[i].label}": r for i, r in results.items()}
-        args.json.write_text(json.dumps(named, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if slower else 0
 
 

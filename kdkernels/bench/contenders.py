@@ -223,9 +223,14 @@ def contenders(
     backend: str | None = None,
     compile: bool = True,
     only: tuple[str, ...] = (),
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Contender]:
     """Name -> contender, `ours` first: those that run here; without those that take long to
-    compile, or some alone."""
+    compile, or some alone.
+
+    Each peer runs once. What it raises is an error, or with `failed` noted there: another
+    library's fault costs its own figures alone.
+    """
     device = inputs.student.device.type
     if shape.op == "ctc_align":
         table = {
@@ -239,12 +244,22 @@ def contenders(
         }
     if shape.op == "ctc_loss":
         table["optax"] = partial(optax_contender, inputs)
+        table["k2"] = partial(loss_contender, partial(peers.k2_ctc, inputs), inputs)
     table["copy"] = partial(copy_contender, inputs, COPIES[shape.op])
     skipped = () if compile else ("compile", "optax")
-    return {
-        name: make()
-        for name, make in table.items()
-        if name not in skipped
-        and (not only or name in only)
-        and (name not in peers.PEERS or peers.runs(name, device))
-    }
+    found = {}
+    for name, make in table.items():
+        if name in skipped or (only and name not in only):
+            continue
+        if name not in peers.PEERS:
+            found[name] = make()
+        elif peers.runs(name, device):
+            try:
+                rival = make()
+                rival.step()
+                found[name] = rival
+            except Exception as error:  # whatever another library may raise
+                if failed is None:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found

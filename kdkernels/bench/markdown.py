@@ -17,6 +17,7 @@ NAMES = {
     "trl": "TRL",
     "liger": "Liger",
     "optax": "optax, jit",
+    "k2": "k2",
     "separate": "ctc_loss + kd_loss",
     "reference": "plain torch",
     "torchaudio": "torchaudio",
@@ -138,7 +139,8 @@ def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
     parts = [
         "# Benchmarks",
         "Made by `python -m kdkernels.bench.report` from JSON files; do not edit. Contenders take "
-        "turns, round after round, in one process; figures are medians with quartiles. A slow one "
+        "turns, round after round, in one process; figures are medians with quartiles. A ratio is "
+        "that of two medians, its quartiles are those of the ratios within a round. A slow one "
         "sits rounds out, but runs in five at the least. " + LEGEND,
     ]
     for result in results:
@@ -162,6 +164,11 @@ def peers_list(result: dict) -> str:
     for name, peer in result.get("peers", {}).items():
         said = [peer["version"] or "no row"] + ([peer["why_not"]] if peer["why_not"] else [])
         lines.append(f"- {name}: {'; '.join(said)}")
+    lines += [
+        f"- {name} failed at `{row['op']}` {row['shape']}: {why}"
+        for row in result["rows"]
+        for name, why in row.get("failed", {}).items()
+    ]
     return "Peers:\n\n" + "\n".join(lines or ["- not recorded"])
 
 
@@ -389,6 +396,7 @@ def row_text(row: dict) -> str:
         f"  {row['gigabytes_per_second']:.3g} GB/s of {MOVES[row['op']][0]} logit tensors, "
         f"{row['share_of_copy_bandwidth']:.0%} of this machine's copy"
     )
+    lines += [f"  {name} failed: {why}" for name, why in row.get("failed", {}).items()]
     if "loop" in row:
         lines.append("  in a loop: " + "  ".join(f"{n} {time(t)}" for n, t in row["loop"].items()))
     for name, e in row.get("errors", {}).items():

@@ -35,6 +35,11 @@ PEERS = {
         "KL and JSD on log-probabilities, with the log_softmax they need",
         "0.8.5 imports, but its Triton kernels raise without a GPU",
     ),
+    "k2": Peer(
+        "k2", "k2", "any",
+        "ctc_loss on log-probabilities with the log_softmax it needs, beam 10",
+        "the last wheel on PyPI, 1.23.4, is for Python 3.9 and torch 1.13 with CUDA",
+    ),
     "torchaudio": Peer(
         "torchaudio", "torchaudio", "any", "forced_align, one utterance after another",
         "the wheel on PyPI, 2.11.0, is linked with libtorch_cuda and raises OSError when imported",
@@ -45,7 +50,6 @@ PEERS = {
 NOT_COMPARED = {
     "fla": "its fused KL starts from hidden states and takes no temperature, another problem; "
     "0.6.0 imports, but its Triton kernels raise without a GPU",
-    "k2": "the last wheel on PyPI, 1.23.4, is for Python 3.9 and torch 1.13 with CUDA",
 }
 
 
@@ -143,6 +147,30 @@ def optax_result(result) -> tuple[torch.Tensor, torch.Tensor]:
 
     loss, grad = (torch.from_numpy(np.array(x)).double() for x in result)
     return loss, grad.transpose(0, 1)
+
+
+def k2_ctc(inputs):
+    """k2's loss over graphs of the targets: (inputs, logits, reduction) -> loss.
+
+    It wants utterances in order of falling length.
+    """
+    import k2
+
+    order = inputs.input_lengths.cpu().argsort(descending=True)
+    lengths, labels = inputs.target_lengths.cpu()[order], inputs.targets.cpu()[order]
+    graphs = k2.ctc_graph(
+        [row[:n].tolist() for row, n in zip(labels, lengths, strict=True)],
+        device=inputs.student.device,
+    )
+    frames = inputs.input_lengths.cpu()[order]
+    segments = torch.stack([order, torch.zeros_like(order), frames], 1).int()
+
+    def loss(i, x, reduction="mean"):
+        log_probs = F.log_softmax(x, -1).transpose(0, 1).contiguous()
+        dense = k2.DenseFsaVec(log_probs, segments)
+        return k2.ctc_loss(graphs, dense, reduction=reduction, target_lengths=lengths.to(x.device))
+
+    return loss
 
 
 # ---- ctc_align

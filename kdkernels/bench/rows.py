@@ -28,9 +28,10 @@ def measure_row(shape: Shape, args) -> dict:
     gc.collect()
     gc.freeze()  # what is there stays: hundreds of collections need not go through it again
     inputs = make_inputs(shape)
-    rivals = contenders(shape, inputs, args.backend, args.compile)
+    failed = {}
+    rivals = contenders(shape, inputs, args.backend, args.compile, failed=failed)
     steps = {name: rival.step for name, rival in rivals.items()}
-    row = time_row(shape, steps, args)
+    row = time_row(shape, steps, args) | {"failed": failed}
     if args.memory or args.complete:
         row["peak_memory"] = {
             name: (rival.peak or memory.peak(rival.step, inputs)) / (4 * shape.numel)

@@ -1,10 +1,11 @@
 """The one measuring function: contenders take turns, round after round, in one process.
 
-What else the machine does then hits all alike. Figures are medians over the rounds with quartiles:
-a time's, or that of a ratio, which is taken within each round.
+What else the machine does then hits all alike. Figures are medians over the rounds with quartiles.
+A ratio is that of two medians; its quartiles are those of the ratios within a round.
 """
 
 import gc
+from random import Random
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -28,7 +29,7 @@ def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = Fa
         calls = dict.fromkeys(steps, 1)
     times = {name: {} for name in steps}
     spent = dict.fromkeys(steps, 0.0)
-    first, order = next(iter(steps)), list(steps)
+    first, order, shuffle = next(iter(steps)), list(steps), Random(0).shuffle
 
     def takes_part(name: str, done: int) -> bool:
         if seconds is None or name == first:
@@ -40,6 +41,7 @@ def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = Fa
     gc.disable()
     try:
         for done in range(rounds):
+            shuffle(order)  # nobody always runs after the same neighbour, in its caches and pages
             for name in order:
                 if not takes_part(name, done):
                     continue
@@ -52,7 +54,6 @@ def interleave(steps, rounds: int, seconds: float | None = None, cold: bool = Fa
                 elapsed = perf_counter() - start
                 spent[name] += elapsed
                 times[name][done] = elapsed / n
-            order.append(order.pop(0))  # nobody always runs after the same neighbour
     finally:
         gc.enable()
     return times
@@ -78,10 +79,10 @@ def spread(times: dict[int, float]) -> dict[str, float]:
 
 
 def ratio(times, above: str, below: str) -> dict[str, float]:
-    """Median and quartiles of the ratio within the rounds that both ran in."""
+    """Of the medians; and the quartiles of it within the rounds that both ran in."""
     a, b = times[above], times[below]
-    low, mid, high = quantiles([a[i] / b[i] for i in a if i in b])
-    return {"value": mid, "p25": low, "p75": high}
+    low, _, high = quantiles([a[i] / b[i] for i in a if i in b])
+    return {"value": median(a.values()) / median(b.values()), "p25": low, "p75": high}
 
 
 def copy_bandwidth() -> float:

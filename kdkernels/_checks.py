@@ -6,6 +6,7 @@ lie on the CPU: reading them from another device would wait for it.
 
 import functools
 import math
+import numbers
 import operator
 
 import torch
@@ -74,6 +75,8 @@ def choice(op, name, value, allowed):
 
 
 def number(op, name, value):
+    if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
+        value = float(value)  # numpy's numbers
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise bad_type(op, name, "to be a number", type(value).__name__)
     if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite

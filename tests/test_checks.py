@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from helpers import problem, randn
@@ -145,6 +146,13 @@ def test_distillation_options(on, op, options, error, message):
     run = kd_loss if op == "kd_loss" else functools.partial(call, on, op, **options)
     with pytest.raises(error, match=f"^{op}: {message}"):
         run()
+
+
+def test_numbers_may_be_numpy_s(on):
+    student, teacher = S.to(on.device), T.to(on.device)
+    expected = on.kd_loss(student, teacher, temperature=2.0)
+    for two in (np.float32(2), np.float64(2), np.int64(2)):
+        assert on.kd_loss(student, teacher, temperature=two) == expected
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,21 @@ def test_logits_in_windows_are_those_of_one_pass(sizes):
     torch.manual_seed(0)
     encoder = model.Encoder(*sizes).eval()
     x = torch.randn(1000, features.MELS)
+    heard = torch.ones(1000, 1)
+    heard[402:465] = 0
     with torch.no_grad():
-        whole, _ = encoder(x[None], torch.tensor([1000]))
+        counts = heard[:999].view(1, -1, model.STACK).amax(2) > 0
+        whole, _ = encoder(x[None], torch.tensor([1000]), counts)
+        other = torch.where(heard > 0, x, torch.randn(1000, features.MELS))
         for size in (10, 64, 800):
-            pieces = list(recognise.logits(x.split(size), encoder))
-            assert len(pieces) > 1
-            torch.testing.assert_close(torch.cat(pieces), whole[0], atol=1e-4, rtol=1e-4)
+            for rows in (x, other):  # of a pause nothing is read
+                rows = torch.cat([rows, heard], 1)
+                pieces = list(recognise.logits(rows.split(size), encoder))
+                assert len(pieces) > 1
+                scores = torch.cat(pieces)
+                assert (scores[~counts[0]].argmax(1) == 0).all()
+                scores, expected = scores[counts[0]], whole[counts]
+                torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
 
 @ENCODERS
@@ -80,7 +89,8 @@ def test_energies_in_blocks_are_those_at_once(samples):
 def test_without_pauses_frames_are_normalised_as_in_training():
     x = torch.randint(-9000, 9000, (8000,), generator=torch.Generator().manual_seed(0)).short()
     energies = features.log_energies(x)  # 51 frames: each sees all the others
-    rows = torch.cat(list(recognise.normalised([energies])))
+    rows, heard = torch.cat(list(recognise.normalised([energies]))).split([features.MELS, 1], 1)
+    assert (heard == 1).all()
     torch.testing.assert_close(rows, features.log_mel(x).float(), atol=2e-3, rtol=2e-3)
 
 
@@ -106,6 +116,38 @@ def test_silence_between_words_says_nothing(recogniser):
     first = len(parts[0]) / RATE
     assert not [word for word in words if first < word.start < first + 7.5]
     assert len(words) == 12
+
+
+def test_turns_begin_after_pauses():
+    maybe = torch.zeros(400, dtype=torch.bool)
+    gap, tail = recognise.GAP, recognise.TAIL
+    second = 150 + tail + gap  # short of a pause by one frame
+    third = second + 50 + tail + gap + 1
+    for start in (100, second, third):
+        maybe[start : start + 50] = True
+    heard, begun, later = recognise.turns(maybe)
+    assert heard[100 : second + 50 + tail].all()
+    assert not heard[:100].any()
+    assert not heard[second + 50 + tail : third].any()
+    assert begun[100:third].tolist() == [100] * (third - 100)
+    assert later[100:third].tolist() == [third] * (third - 100)
+    assert begun[third:].tolist() == [third] * (400 - third)
+    assert recognise.turns(maybe[: third + 50 + gap])[0][-1]  # it ends before a pause is one
+
+
+def test_another_voice_after_a_pause(recogniser):
+    """Each by itself as well as together, though one is a bass and one a treble, and 12 dB below."""
+    noise = np.random.default_rng(7)
+    texts = [sentence(random.Random(i), 12) for i in (7, 8, 9)]
+    bass, treble, again = (tones(text, noise, noise=0)[0] for text in texts)
+    treble = 0.25 * np.diff(treble, prepend=0)
+    bass, again = (np.cumsum(x) * 0.05 for x in (bass, again))
+    pause = np.zeros(RATE)
+    samples = np.concatenate([bass, pause, treble, pause, again]).astype(np.float32)
+    samples += 0.0005 * noise.standard_normal(len(samples)).astype(np.float32)
+    for block in (4000, 320000):
+        words = list(recognise.recognise(recogniser, in_blocks(samples, block), RATE))
+        assert [word.text for word in words] == " ".join(texts).split()
 
 
 @pytest.mark.parametrize("colour", [0.0, 2.0])

@@ -35,17 +35,9 @@ def write(experiment: Experiment, distilled: Trained, out: Path) -> None:
     spoken = dict(corpora.test.part(0, UTTERANCES).samples())
     encoder = copy.deepcopy(distilled.encoder).cpu().eval()
     model = recognise.Recogniser(encoder, corpora.alphabet)
-    parts, words, seconds = [], [], 0.0
-    for i in sorted(spoken):  # each by itself: another voice, in another room
-        parts += [spoken[i].numpy(), silence]
-        heard = [spoken[i].numpy().astype(np.float32) / 32768]
-        words += [
-            word._replace(start=seconds + word.start, end=seconds + word.end)
-            for word in recognise.recognise(model, heard, audio.SAMPLE_RATE)
-        ]
-        seconds += sum(map(len, parts[-2:])) / audio.SAMPLE_RATE
-    shown = captions.captions(words, seconds=seconds)
-    samples = np.concatenate(parts)
+    samples = np.concatenate([x for i in sorted(spoken) for x in (spoken[i].numpy(), silence)])
+    words = recognise.recognise(model, [samples.astype(np.float32) / 32768], audio.SAMPLE_RATE)
+    shown = captions.captions(list(words), seconds=len(samples) / audio.SAMPLE_RATE)
     sound = io.BytesIO()
     soundfile.write(sound, samples, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
     files.write_bytes(out / "captions.wav", sound.getvalue())

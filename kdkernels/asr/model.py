@@ -80,12 +80,16 @@ class Encoder(nn.Module):
             past, self.future = 2 * past + layers // 2 * ((left + 1) * chunk - 1), 0
         self.past = -(-past // self.chunk) * self.chunk
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, lengths: Tensor, heard: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`heard`, bool [N, T]: what is not is to the other frames as what lies past the end."""
         N, frames, _ = features.shape
         lengths = lengths // STACK
         T = frames // STACK
         x = self.stem(features[:, : T * STACK].reshape(N, T, STACK * MELS))
-        mask = (torch.arange(T, device=x.device) < lengths[:, None])[..., None]
+        mask = torch.arange(T, device=x.device) < lengths[:, None]
+        mask = (mask if heard is None else mask & heard)[..., None]
         for block in self.blocks:
             x = block(x, mask)
         return self.head(self.norm(x)), lengths

@@ -28,8 +28,9 @@ from .data import Alphabet
 from .files import TrainError
 from .model import STACK, Encoder
 
-# Frames are normalised over those around them that hold speech. Pauses do not count: in training
-# there were none, and noise that is brought to the variance of speech reads as speech.
+# Frames are normalised over those around them that hold speech, back to the last pause, after which
+# another may speak. Pauses do not count, and are silence to the encoder: in training there were
+# none, and noise that is brought to the variance of speech reads as speech.
 BEFORE, AFTER = 3000, 60  # feature frames around one, whose mean and variance normalise it
 PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less than QUIET below
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
@@ -37,11 +38,14 @@ QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats,
 # pauses, noise from nothing: frames of speech are, besides, RISE above the quietest CALM of those,
 # as SPOKEN others are. The last ENOUGH frames of speech normalise what comes until there are as
 # many new ones.
-RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 500  # nats; frames
+RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 50  # nats; frames
+# A pause: more than GAP frames in which nothing stands out, but for the TAIL after what did.
+GAP, TAIL = 30, 5
 # A network is sure of a letter only some way into it, and of a word's last one only when the next
 # sound has begun: seconds by which labels are late, found with benchmarks/word_times.py on the dev
 # voices. Their difference is one frame, so that words do not overlap: a space takes a frame.
 START_LATE, END_LATE = 0.06, 0.03
+SURE = 20.0  # nats between blank and the rest in a pause
 PAUSE = 0.45  # seconds without a label that end a word
 LONGEST_WORD = 10.0  # seconds: what a word may be before it is cut, to bound memory
 STANDARD = "student_distilled.safetensors"  # of a run's folder
@@ -155,9 +159,10 @@ def outstanding(frames: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> [frames, MELS + 1]: the last is 1 near the peak power, else 0.
+    """float32 [frames, MELS] -> [frames, MELS + 2]: the last are 1 where there is speech, else 0.
 
-    0 too where nothing has stood out for long, but for a stream of which nothing ever did.
+    Speech for sure, near the peak power, where anything has stood out for long or nothing ever has;
+    and what may be speech, which stands out from its pauses, or comes before any did.
     """
     spoken = False
     for window, first, count in overlapping(outstanding(frames), BEFORE, PEAK):
@@ -172,28 +177,51 @@ def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
         enough = (sums[BEFORE + 1 :] - sums[: -BEFORE - 1])[first:stop] >= SPOKEN
         before = torch.tensor([spoken] * count) | (enough.int().cummax(0).values > 0)
         spoken = bool(before[-1])
-        near &= (enough & (above[first:stop] > 0)) | ~before
-        yield torch.cat([window[first:stop], near[:, None].float()], 1)
+        above = above[first:stop] > 0
+        near &= (enough & above) | ~before
+        both = torch.stack([near, near | above | ~before], 1)
+        yield torch.cat([window[first:stop], both.float()], 1)
+
+
+def turns(maybe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bool [frames], what may be speech -> where no pause is, bool [frames]; of each frame, when
+    the last pause before it ended, and when the next will have."""
+    count = len(maybe)
+    at = torch.arange(count)
+    tail = nn.functional.pad(maybe[None].float(), (TAIL, 0))
+    maybe = nn.functional.max_pool1d(tail, TAIL + 1, 1)[0] > 0
+    last = torch.where(maybe, at, -BEFORE).cummax(0).values
+    following = torch.where(maybe, at, count).flip(0).cummin(0).values.flip(0)
+    earlier = nn.functional.pad(last[:-1], (1, 0), value=-BEFORE)
+    begins = maybe & (at - earlier > GAP + 1)
+    begun = torch.where(begins, at, 0).cummax(0).values
+    later = torch.where(begins, at, count).flip(0).cummin(0).values.flip(0)
+    return following - last <= GAP + 1, begun, nn.functional.pad(later[1:], (0, 1), value=count)
 
 
 def normalised(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> the same, of mean 0 and variance 1 in the speech around a frame.
+    """float32 [frames, MELS] -> [frames, MELS + 1]: of mean 0 and variance 1 in the speech around a
+    frame, from one pause to the next; the last is 0 in a pause, else 1.
 
     Where that is too little, the speech before it makes up for what is missing.
     """
     held = torch.zeros(1, 1), torch.zeros(1, 2 * features.MELS)
-    for window, first, count in overlapping(loud(frames), BEFORE + NEAR, AFTER + NEAR):
-        rows, near = window[:, :-1].double(), window[None, :, -1]
+    left = BEFORE + max(NEAR, GAP + TAIL)
+    for window, first, count in overlapping(loud(frames), left, AFTER + NEAR):
+        rows, near = window[:, :-2].double(), window[None, :, -2]
         speech = nn.functional.max_pool1d(near, 2 * NEAR + 1, 1, NEAR)[0].double()[:, None]
         sums = torch.cat([speech, speech * rows, speech * rows.square()], 1).cumsum(0)
         sums = nn.functional.pad(sums, (0, 0, 1, 0))
         at = torch.arange(first, first + count)
+        heard, begun, later = (x[at] for x in turns(window[:, -1] > 0))
         low, high = (at - BEFORE).clamp(min=0), (at + AFTER + 1).clamp(max=len(window))
+        low, high = torch.maximum(low, begun), torch.minimum(high, later)
         total, moments = (sums[high] - sums[low]).split([1, 2 * rows.shape[1]], 1)
         moments, held = _made_up(total, moments, held)
         mean, square = moments.chunk(2, 1)
         spread = (square - mean.square()).clamp(min=0).sqrt() + 1e-3
-        yield ((rows[first : first + count] - mean) / spread).float()
+        scaled = (rows[first : first + count] - mean) / spread
+        yield torch.cat([scaled.float(), heard[:, None].float()], 1)
 
 
 def _made_up(total: Tensor, sums: Tensor, held: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple]:
@@ -209,11 +237,15 @@ def _made_up(total: Tensor, sums: Tensor, held: tuple[Tensor, Tensor]) -> tuple[
 
 
 def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
-    """float32 [frames, MELS] -> float32 [frames // STACK, C]."""
+    """float32 [frames, MELS + 1] -> float32 [frames // STACK, C]; in a pause, blank for sure."""
     past, future, unit = (n * STACK for n in (encoder.past, encoder.future, encoder.chunk))
     for window, first, count in overlapping(rows, past, future, unit):
-        scores, _ = encoder(window[None], torch.tensor([len(window)]))
-        yield scores[0, first // STACK : (first + count) // STACK]
+        heard = window[: len(window) // STACK * STACK, -1].view(-1, STACK).amax(1) > 0
+        scores, _ = encoder(window[None, :, :-1], torch.tensor([len(window)]), heard[None])
+        blank = torch.full_like(scores[0], -SURE)
+        blank[:, 0] = 0
+        scores = torch.where(heard[:, None], scores[0], blank)
+        yield scores[first // STACK : (first + count) // STACK]
 
 
 def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0) -> list[Word]:

@@ -252,7 +252,7 @@ def markdown(r: dict) -> str:
             "",
             "![dev WER against steps and seconds](wer.png) ![cost of the loss](loss.png)",
             "",
-            f"The first test utterances, each heard by itself, with the distilled student's "
+            f"The first test utterances, one after the other, with the distilled student's "
             f"captions: {links}.",
             "",
             "| what was said | the student alone wrote | the distilled one wrote |",

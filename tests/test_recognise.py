@@ -136,7 +136,7 @@ def test_turns_begin_after_pauses():
 
 
 def test_another_voice_after_a_pause(recogniser):
-    """Each by itself as well as together, though one is a bass and one a treble, and 12 dB below."""
+    """One a bass, the other a treble, and 12 dB below."""
     noise = np.random.default_rng(7)
     texts = [sentence(random.Random(i), 12) for i in (7, 8, 9)]
     bass, treble, again = (tones(text, noise, noise=0)[0] for text in texts)

@@ -164,6 +164,23 @@ def test_a_shape_that_no_row_has_is_an_error(capsys):
     assert parse(["--shape", "varying", "--tiny"]).shape == "varying"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--rounds", "1"], "--rounds must be at least 2, got 1"),
+        (["--seconds", "-1"], "--seconds must be greater than 0, got -1.0"),
+        (["--backend", "cuda"], "--backend must be one of cpp, "),
+        (["--out", "/dev/null/x"], "cannot write into the folder /dev/null/x: "),
+        (["--op", "kd_loss", "--json", "/dev/null/x/y.json"], "cannot write into the folder"),
+    ],
+)
+def test_options_that_make_no_sense(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    assert f"python -m kdkernels.bench: error: {message}" in capsys.readouterr().err
+
+
 def test_a_contender_off_float64_is_marked():
     assert judged(loss_relative=1e-3)["differs"]
     assert judged(loss_relative=0.0, grad_absolute=float("nan"))["differs"]

@@ -11,10 +11,13 @@ report.
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
 import torch
+
+import kdkernels as kd
 
 from . import markdown
 from .accuracy import accuracy
@@ -27,7 +30,9 @@ from .timing import copy_bandwidth
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m kdkernels.bench",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--op", choices=OPS, help="the rows of one operator: only times, without --all")
     p.add_argument("--shape", help="only rows whose sizes contain this, such as '500, 32'")
@@ -60,10 +65,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not select(args.op, args.tiny, args.shape):
         labels = ", ".join(dict.fromkeys(s.label for s in select(args.op, args.tiny)))
         p.error(f"--shape: no row has {args.shape!r}; there are {labels}")
+    for name, least in (("threads", 1), ("rounds", 2)):
+        if getattr(args, name) < least:
+            p.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.seconds is not None and not args.seconds > 0:
+        p.error(f"--seconds must be greater than 0, got {args.seconds}")
+    here = [b for b in kd.available("kd_loss", "cpu") if b != "cuda_emulated"]
+    if args.backend not in (None, *here):
+        p.error(f"--backend must be one of {', '.join(here)}, got {args.backend}")
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole
     if args.seconds is None:
         args.seconds = 1.4 if args.whole else float("inf")
+    for folder in filter(None, (args.json and args.json.parent, args.whole and args.out)):
+        try:  # before the work, not after it
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            p.error(f"cannot write into the folder {folder}: {error.strerror}")
     return args
 
 
@@ -84,17 +104,12 @@ def main() -> int:
     missed = sum(not f["met"] for row in result["rows"] for f in row["floors"].values())
     print(f"\n{missed} floors missed; {result['took_seconds']:.0f} s")
     if args.json:
-        write(args.json, json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.whole:
-        write(args.out / "report.json", json.dumps(result, indent=1) + "\n")
-        write(args.out / "report.md", markdown.report([result]))
+        (args.out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "report.md").write_text(markdown.report([result]))
         print(f"report: {args.out / 'report.md'}")
     return 1 if args.check and missed else 0
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 if __name__ == "__main__":

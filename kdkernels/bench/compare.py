@@ -180,7 +180,9 @@ def count_verdict(old: int, new: int) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m kdkernels.bench.compare", description=__doc__.splitlines()[0]
+    )
     p.add_argument("commits", nargs="*", metavar="OLD NEW", help="two commits")
     p.add_argument("--op", choices=OPS)
     p.add_argument("--shape", default="", help="only rows whose sizes contain this")
@@ -191,7 +193,19 @@ def parse() -> argparse.Namespace:
     p.add_argument("--json", type=Path)
     p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
     p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    return p.parse_args()
+    args = p.parse_args()
+    table = select(tiny=args.tiny)
+    args.rows = [
+        i for i, s in enumerate(table) if args.op in (None, s.op) and args.shape in s.label
+    ]
+    if not args.serve and len(args.commits) != 2:
+        p.error("expected two commits, such as `main HEAD`")
+    if not args.rows:
+        p.error(f"--shape: no row has {args.shape!r}")
+    for name in ("rounds", "threads"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
 
 
 def main() -> int:
@@ -200,10 +214,7 @@ def main() -> int:
         check_sources()
         serve(args)
         return 0
-    if len(args.commits) != 2:
-        raise SystemExit("compare: expected two commits, such as `main HEAD`")
     table = select(tiny=args.tiny)
-    rows = [i for i, s in enumerate(table) if args.op in (None, s.op) and args.shape in s.label]
     with tempfile.TemporaryDirectory() as folder:
         old, new = (
             build(c, Path(folder) / n, args.pip)
@@ -211,7 +222,7 @@ def main() -> int:
         )
         results = {}
         measure = instruction_counts if args.instructions else wall_times
-        for i, r in measure(old, new, rows, args):
+        for i, r in measure(old, new, args.rows, args):
             name = f"{table[i].op} {table[i].label}"
             results[name] = r
             said = (

@@ -29,12 +29,21 @@ def with_section(readme: str, name: str, section: str) -> str:
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m kdkernels.bench.report", description=__doc__.splitlines()[0]
+    )
     p.add_argument("json", type=Path, nargs="+")
     p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/")
     args = p.parse_args()
-    results = [json.loads(path.read_text()) for path in args.json]
+    results = []
+    for path in args.json:
+        try:
+            results.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            p.error(f"{path} is no result of `python -m kdkernels.bench --json`: {error}")
     readme, docs = args.root / "README.md", args.root / "docs"
+    if not readme.is_file():
+        p.error(f"there is no {readme}; run it from the repository, or give --root")
     text = readme.read_text()
     for name, section in README.items():
         text = with_section(text, name, section(results))

@@ -28,24 +28,30 @@ from .shapes import OPS, select
 from .timing import copy_bandwidth
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        given = action.default not in (None, False)
+        return super()._get_help_string(action) if given else action.help
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         prog="python -m kdkernels.bench",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     p.add_argument("--op", choices=OPS, help="the rows of one operator: only times, without --all")
     p.add_argument("--shape", help="only rows whose sizes contain this, such as '500, 32'")
     p.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of torch and of this package"
     )
-    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     p.add_argument(
         "--seconds",
         type=float,
         help="of a row: who is slow sits rounds out; 1.4 where all is measured",
     )
-    p.add_argument("--backend", help="backend of this package")
+    p.add_argument("--backend", help="backend of this package, in place of the best")
     p.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

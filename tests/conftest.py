@@ -10,6 +10,7 @@ import random
 import sys
 
 import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,13 @@ class Place:
     def gradcheck(self, loss, leaves):
         """torch's gradcheck; along a random direction where every call takes a second."""
         return torch.autograd.gradcheck(loss, leaves, fast_mode=is_interpreted(self))
+
+    def any_example(self, check):
+        """check(self, data) for what hypothesis draws; of fewer examples where calls are slow."""
+        examples = hypothesis.given(data=st.data())(lambda data: check(self, data))
+        if is_interpreted(self):
+            examples = hypothesis.settings(max_examples=12)(examples)
+        examples()
 
     def __repr__(self):
         return f"{self.device}-{self.backend}"

@@ -7,7 +7,6 @@ from helpers import ctc_oracle, kd_oracle, problem, randn, strided
 from tolerances import assert_ctc_grad, assert_kd_grad
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
-pytestmark = pytest.mark.large  # what surrounds every backend alike
 EVERY_OP = pytest.mark.parametrize("op", OPS)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -50,6 +49,7 @@ def test_gradient_of_each_loss(on, op):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.large
 @EVERY_OP
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("scale", [65536.0, 1024.0])
@@ -197,6 +197,7 @@ def test_same_inputs_twice(on, op, reduction, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("shape", [(1, 90000), (3, 30000), (70000, 3), (257, 33)])
 def test_threads_kd_loss(on, threads, shape):
     s, t = randn(*shape, seed=6).float(), randn(*shape, seed=7).float()
@@ -212,6 +213,7 @@ def test_threads_kd_loss(on, threads, shape):
             assert torch.equal(a, b)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("N", [1, 2, 5])
 @pytest.mark.parametrize("op", ["ctc_loss", "ctc_kd_loss"])
 def test_threads_ctc(on, threads, op, N):

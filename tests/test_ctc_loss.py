@@ -1,7 +1,6 @@
 import itertools
 import math
 
-import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -257,9 +256,11 @@ def test_gradcheck(on, reduction):
     assert on.gradcheck(loss, on.leaf(p.logits))
 
 
-@pytest.mark.large
-@hypothesis.given(data=st.data())
-def test_any_problem(on, data):
+def test_any_problem(on):
+    on.any_example(any_problem)
+
+
+def any_problem(on, data):
     T, N = data.draw(st.integers(0, 14), label="T"), data.draw(st.integers(0, 5), label="N")
     C, S = data.draw(st.integers(2, 40), label="C"), data.draw(st.integers(0, 6), label="S")
     blank = data.draw(st.integers(0, C - 1), label="blank")

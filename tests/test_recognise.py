@@ -168,6 +168,18 @@ def test_noise_alone_says_nothing_however_long(recogniser, colour, block):
     assert words[12].start > len(parts[0]) / RATE + 49.8
 
 
+@pytest.mark.parametrize("block", [4000, 320000])
+def test_noise_without_a_word_is_speech_for_seconds_at_most(recogniser, block):
+    noise = (0.02 * np.random.default_rng(8).standard_normal(20 * RATE)).astype(np.float32)
+    words = list(recognise.recognise(recogniser, in_blocks(noise, block), RATE))
+    assert all(word.end < 6 for word in words)
+    speech, _, _ = tones("abc dab", np.random.default_rng(0))
+    samples = np.concatenate([noise * 0.1, speech]).astype(np.float32)
+    words = list(recognise.recognise(recogniser, in_blocks(samples, block), RATE))
+    assert [word.text for word in words if word.start > 6] == ["abc", "dab"]
+    assert list(recognise.recognise(recogniser, [np.zeros(9 * RATE, np.float32)], RATE)) == []
+
+
 def test_a_quiet_voice_after_a_loud_one_is_heard(recogniser):
     """26 dB below it; at the latest when the loud one has been gone for half a minute."""
     rng = np.random.default_rng(5)

@@ -36,9 +36,11 @@ PEAK, NEAR = 30, 10  # speech: within NEAR frames of one whose power is less tha
 QUIET = 4.0  # the peak of the BEFORE frames before it and the PEAK after; nats, 17 dB
 # Where nobody has spoken for so long, that peak is the noise's own. But speech stands out from its
 # pauses, noise from nothing: frames of speech are, besides, RISE above the quietest CALM of those,
-# as SPOKEN others are. The last ENOUGH frames of speech normalise what comes until there are as
-# many new ones.
+# as SPOKEN others are. A stream's first frames are taken for speech as long as nothing has stood
+# out: OPENING of them at most, those that hold more than NOTHING. The last ENOUGH frames of speech
+# normalise what comes until there are as many new ones.
 RISE, CALM, SPOKEN, ENOUGH = 2.0, 25, 40, 50  # nats; frames
+OPENING, NOTHING = 500, -11.0  # frames; nats, digital silence has -12.4
 # A pause: more than GAP frames in which nothing stands out, but for the TAIL after what did.
 GAP, TAIL = 30, 5
 # A network is sure of a letter only some way into it, and of a word's last one only when the next
@@ -164,7 +166,7 @@ def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
     Speech for sure, near the peak power, where anything has stood out for long or nothing ever has;
     and what may be speech, which stands out from its pauses, or comes before any did.
     """
-    spoken = False
+    spoken, opening = False, OPENING
     for window, first, count in overlapping(outstanding(frames), BEFORE, PEAK):
         stop = first + count
         window, above = window[:, :-1], window[:, -1]
@@ -178,8 +180,10 @@ def loud(frames: Iterable[Tensor]) -> Iterator[Tensor]:
         before = torch.tensor([spoken] * count) | (enough.int().cummax(0).values > 0)
         spoken = bool(before[-1])
         above = above[first:stop] > 0
-        near &= (enough & above) | ~before
-        both = torch.stack([near, near | above | ~before], 1)
+        begins = ~before & (torch.arange(count) < opening) & (power[first:stop] > NOTHING)
+        opening -= count
+        near &= (enough & above) | begins
+        both = torch.stack([near, near | above | begins], 1)
         yield torch.cat([window[first:stop], both.float()], 1)
 
 

@@ -123,6 +123,8 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         markdown.readme_section([result])
     )
     assert "floor >= 3: MISSED" in markdown.row_text(row)
+    assert "Where another is faster:\n\nNowhere" in markdown.summary(result)
+    assert "2.5 times as fast as eager torch, at least 3 wanted" in markdown.summary(result)
     slower = {**row, "ratios": {"eager": {"value": 0.5}}, "peak_memory": None}
     gains = "| `kd_loss` | 0.5x to 12x, median 2.5x | 5.2x to 5.2x, median 5.2x |"
     faster = {**slower, "ratios": {"eager": {"value": 12.4}}}

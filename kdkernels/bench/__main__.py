@@ -114,7 +114,7 @@ def main() -> int:
     if args.whole:
         (args.out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
         (args.out / "report.md").write_text(markdown.report([result]))
-        print(f"report: {args.out / 'report.md'}")
+        print(f"\n{markdown.summary(result)}\n\nAll of it: {args.out / 'report.md'}")
     return 1 if args.check and missed else 0
 
 

@@ -86,6 +86,15 @@ def times_table(result: dict) -> str:
     return table([*head, "of copy", "peak memory", "eager's peak"], rows)
 
 
+def summary(result: dict) -> str:
+    """What the benchmark prints at its end."""
+    parts = [conditions(result), times_table(result)]
+    for title in ("Where another is faster", "Floors"):
+        if text := SECTIONS[title](result):
+            parts += [f"{title}:", text]
+    return "\n\n".join(parts)
+
+
 def headline(results: list[dict]) -> str:
     """What stands at the head of the README: what each operator gains, least to most."""
     parts = []

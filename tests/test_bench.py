@@ -1,9 +1,14 @@
 """The benchmarks' reports: what the README and docs/ say is what the committed results make."""
 
 import json
+import sys
+import types
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from kdkernels.bench import instructions, markdown, peers
 from kdkernels.bench.__main__ import parse
@@ -255,6 +260,83 @@ def test_a_peer_that_raises_costs_its_own_figures_alone(monkeypatch):
     row = {"op": "kd_loss", "shape": "(1, 2)", "failed": failed}
     said = markdown.peers_list({"rows": [row]})
     assert "- trl failed at `kd_loss` (1, 2): TypeError: another argument" in said
+
+
+def stand_in(monkeypatch, name, **functions):
+    """A module of another library, with functions of its signatures, in the place of its own."""
+    for parent in accumulate(name.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    vars(sys.modules[name]).update(functions)
+
+
+def install_fla(monkeypatch):
+    def fused_kl_div_loss(x, target_x, weight, target_weight, reduction="batchmean"):
+        p, log_q = F.softmax(target_x @ target_weight.T, -1), F.log_softmax(x @ weight.T, -1)
+        return F.kl_div(log_q, p, reduction=reduction)
+
+    stand_in(monkeypatch, "fla.modules.fused_kl_div", fused_kl_div_loss=fused_kl_div_loss)
+
+
+def install_liger(monkeypatch):
+    def liger_kl_div(log_q, p, reduction):
+        return F.kl_div(log_q, p, reduction=reduction)
+
+    def liger_jsd(log_q, log_p, beta):
+        if beta in (0, 1):
+            q, p = (log_q, log_p) if beta == 0 else (log_p, log_q)
+            return F.kl_div(q, p, reduction="batchmean", log_target=True)
+        log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+        of_p, of_q = (
+            F.kl_div(log_m, x, reduction="batchmean", log_target=True) for x in (log_p, log_q)
+        )
+        return beta * of_p + (1 - beta) * of_q
+
+    functions = types.SimpleNamespace(liger_kl_div=liger_kl_div, liger_jsd=liger_jsd)
+    stand_in(monkeypatch, "liger_kernel.transformers", functional=functions)
+
+
+def install_k2(monkeypatch):
+    def dense_fsa_vec(log_probs, segments):
+        assert segments.dtype == torch.int32
+        assert (segments[1:, 2] <= segments[:-1, 2]).all()  # it wants them so
+        return log_probs[segments[:, 0].long()], segments[:, 2]
+
+    def ctc_loss(graphs, dense, reduction, target_lengths):
+        log_probs, lengths = dense
+        labels = torch.tensor([label for graph in graphs for label in graph])
+        lengths = lengths.long()
+        return F.ctc_loss(
+            log_probs.transpose(0, 1), labels, lengths, target_lengths, reduction=reduction
+        )
+
+    stand_in(
+        monkeypatch,
+        "k2",
+        ctc_graph=lambda symbols, device: symbols,
+        DenseFsaVec=dense_fsa_vec,
+        ctc_loss=ctc_loss,
+    )
+
+
+STAND_INS = {"fla": install_fla, "liger": install_liger, "k2": install_k2}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("shape", TINY, ids=lambda s: f"{s.op} {s.label}")
+def test_a_peer_that_is_not_here_is_called_rightly(monkeypatch, name, shape):
+    """By stand-ins, of the signatures and the meaning that these libraries document."""
+    STAND_INS[name](monkeypatch)
+    monkeypatch.setattr(peers, "runs", lambda peer, device: peer == name)
+    inputs = make_inputs(shape)
+    rivals = contenders(shape, inputs, compile=False, only=("ours", name))
+    has_a_row = {
+        "fla": shape.op == "kd_loss" and shape.divergence == "forward_kl",
+        "liger": shape.op == "kd_loss",
+        "k2": shape.op == "ctc_loss",
+    }[name]
+    assert (name in rivals) == has_a_row
+    found = errors(shape, inputs, rivals)
+    assert all(e["loss_relative"] < 1e-5 and not e["differs"] for e in found.values())
 
 
 def test_every_operator_has_rows_and_a_benchmark_file():

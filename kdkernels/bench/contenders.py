@@ -242,6 +242,10 @@ def contenders(
             name: partial(loss_contender, make, inputs)
             for name, make in loss_table(shape, backend, device).items()
         }
+    forward_kl = shape.op == "kd_loss" and shape.divergence == "forward_kl"
+    if forward_kl and shape.C <= peers.MOST_FLA_CLASSES:
+        make = partial(peers.fla_kl, inputs, TEMPERATURE)
+        table["fla"] = partial(loss_contender, make, inputs)
     if shape.op == "ctc_loss":
         table["optax"] = partial(optax_contender, inputs)
         table["k2"] = partial(loss_contender, partial(peers.k2_ctc, inputs), inputs)

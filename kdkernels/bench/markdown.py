@@ -16,6 +16,7 @@ NAMES = {
     "compile": "torch.compile",
     "trl": "TRL",
     "liger": "Liger",
+    "fla": "FLA, with products",
     "optax": "optax, jit",
     "k2": "k2",
     "separate": "ctc_loss + kd_loss",

@@ -35,6 +35,12 @@ PEERS = {
         "KL and JSD on log-probabilities, with the log_softmax they need",
         "0.8.5 imports, but its Triton kernels raise without a GPU",
     ),
+    "fla": Peer(
+        "flash-linear-attention", "fla.modules.fused_kl_div", "cuda",
+        "its fused KL starts from hidden states: here these are the logits and the weights an "
+        "identity, whose products are in its time; up to 8192 classes",
+        "0.6.0 imports, but its Triton kernels raise without a GPU",
+    ),
     "k2": Peer(
         "k2", "k2", "any",
         "ctc_loss on log-probabilities with the log_softmax it needs, beam 10",
@@ -46,17 +52,10 @@ PEERS = {
     ),
 }  # fmt: skip
 
-# Peers that have no row, whatever is installed.
-NOT_COMPARED = {
-    "fla": "its fused KL starts from hidden states and takes no temperature, another problem; "
-    "0.6.0 imports, but its Triton kernels raise without a GPU",
-}
-
 
 def status() -> dict[str, dict[str, str | None]]:
     """Name of a peer -> its version, or None and the reason why there is no row of it."""
-    none = {n: {"version": None, "why_not": why} for n, why in NOT_COMPARED.items()}
-    return {name: peer_status(name) for name in PEERS} | none
+    return {name: peer_status(name) for name in PEERS}
 
 
 @functools.cache
@@ -110,6 +109,26 @@ def liger_divergence(i, x, reduction="batchmean", *, temperature, beta):
         loss = liger.liger_jsd(log_q, F.log_softmax(i.teacher / temperature, -1), beta=beta)
         loss = loss * (len(x) if reduction == "sum" else 1)  # a mean over the rows
     return loss * temperature**2
+
+
+MOST_FLA_CLASSES = 8192  # of an identity, [C, C]
+
+
+def fla_kl(inputs, temperature):
+    """FLA's fused linear layers, an identity, and forward KL: (inputs, logits, reduction) -> loss.
+
+    It knows no temperature, and means over the rows alone.
+    """
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    rows, C = inputs.student.shape
+    identity = torch.eye(C, dtype=inputs.student.dtype, device=inputs.student.device)
+
+    def loss(i, x, reduction="batchmean"):
+        mean = fused_kl_div_loss(x / temperature, i.teacher / temperature, identity, identity)
+        return mean * (rows if reduction == "sum" else 1) * temperature**2
+
+    return loss
 
 
 # ---- ctc_loss

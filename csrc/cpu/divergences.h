@@ -26,6 +26,7 @@ struct DivergenceOptions {
   Divergence divergence;
   DivergenceSide student, teacher;
   double beta;
+  bool past_caches = false;  // where the gradients go: those of KL in float32
   // The two of KL(p || q), and of JSD(p, q) = beta KL(p || m) + (1 - beta) KL(q || m).
   bool student_is_p() const { return divergence == Divergence::reverse_kl; }
   const DivergenceSide& p() const { return student_is_p() ? student : teacher; }
@@ -48,7 +49,8 @@ class Divergences {
     Left left[kMaxRows];
     if constexpr (sizeof(Float) == 4) {
       const DivergenceSide &p = options_.p(), &q = options_.q();
-      const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride};
+      const KLScales scale{float(p.scale), float(q.scale), n * p.stride, n * q.stride,
+                           options_.past_caches};
       if (options_.divergence == Divergence::jsd) {
         jsd_rows(rows, n, C_, scale, mixture_, scratch_, left);
       } else {

@@ -87,7 +87,7 @@ KDKERNELS_INLINE void exp_rows(const KLRows& rows, int n, int64_t C, KLScales sc
           const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
           __builtin_prefetch(p_logits + i + scale.p_ahead);
           __builtin_prefetch(q_logits + i + scale.q_ahead);
-          if (kVectors == 0 && grad) __builtin_prefetch(grad + i, 1);
+          if (kVectors == 0 && grad && !scale.past_caches) __builtin_prefetch(grad + i, 1);
           const VecF32 d = p * p_scale - q * q_scale;
           const VecF32 p_exp = exp2(p, p_scale), q_exp = exp2(q, q_scale);
           some_p += p_exp;

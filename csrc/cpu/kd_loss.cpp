@@ -105,11 +105,16 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
   const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
   const Rows student_grads(grad_student, student_dtype, dims, layout, 2);
   const Rows teacher_grads(grad_teacher, teacher_dtype, dims, layout, 3);
+  const auto goes_past = [&](const void* grad, DType dtype) {
+    return !grad || (dtype == kOwnDType<float> && goes_past_caches(grad, rows * C * 4));
+  };
   const DivergenceOptions options{
       divergence,
       {student_dtype, student_dtype, 1 / temperature, students.stride()},
       {teacher_dtype, teacher_dtype, 1 / teacher_temperature, teachers.stride()},
-      beta};
+      beta,
+      divergence != Divergence::jsd && goes_past(grad_student, student_dtype) &&
+          goes_past(grad_teacher, teacher_dtype)};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
     Arena arena(workspace + omp_get_thread_num() * piece);
@@ -130,6 +135,7 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
       }
       block.flush();
     }
+    if (options.past_caches) stored_past();
   }
   const auto value = [&](int64_t r) { return row_loss[r] == 0 ? 0.0 : factor(r) * row_loss[r]; };
   if (reduction == Reduction::none) {

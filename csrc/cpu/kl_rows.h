@@ -36,6 +36,7 @@ struct KLScales {
   // Elements from a row to the one that takes its place in the next block: fetched while this one
   // is computed, since rows are too short for the hardware to notice where they go on.
   int64_t p_ahead, q_ahead;
+  bool past_caches;  // where the gradients go
 };
 
 // n <= rows_in_block(C) rows; scratch [n][2][C]; left [n] (out). A row with a NaN, an infinity or

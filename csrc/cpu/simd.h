@@ -105,6 +105,23 @@ KDKERNELS_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+// To a multiple of kVectorBytes, past the caches where this instruction set can; `stored_past`
+// makes what this thread has stored so be seen before what it stores next.
+KDKERNELS_INLINE void store_past(float* p, VecF32 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stored_past() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class To, class From>
 KDKERNELS_INLINE To bit_cast(From v) {
   static_assert(sizeof(To) == sizeof(From), "");

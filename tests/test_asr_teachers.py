@@ -133,6 +133,18 @@ def test_teachers_that_are_none(spec, message):
         teachers.open_teachers([spec])
 
 
+def test_a_vocabulary_is_that_of_the_classes(tmp_path):
+    save(tmp_path, "Wav2Vec2", ["a", "|", "<pad>"])
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps({"a": 0, "|": 1, "<pad>": 2, "<s>": 3}))
+    ((teacher, _),) = teachers.open_teachers([str(tmp_path)])
+    assert teacher.labels == ["a", " ", ""]
+    for other in ({"eng": {"a": 0}}, ["a", "|", "<pad>"]):
+        vocabulary.write_text(json.dumps(other))
+        with pytest.raises(TrainError, match="is no Hugging Face CTC model"):
+            teachers.open_teachers([str(tmp_path)])
+
+
 def test_a_teacher_that_spells_in_pieces_is_refused(tmp_path):
     save(tmp_path, "Wav2Vec2", ["ing", "a", "<pad>"])
     with pytest.raises(TrainError, match=r"pieces of words \('ing'\)"):

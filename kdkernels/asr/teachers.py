@@ -91,16 +91,19 @@ def hugging_face(folder: Path) -> Foreign:
     try:
         model = transformers.AutoModelForCTC.from_pretrained(folder, local_files_only=True)
         tokens = json.loads((folder / "vocab.json").read_text())
+        if not all(isinstance(i, int) for i in tokens.values()):
+            raise ValueError("vocab.json has tokens of several languages, or none")
         # an extractor normalises unless it says otherwise
         extractor = json.loads((folder / "preprocessor_config.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise TrainError(f"{folder} is no Hugging Face CTC model: {error}") from error
     rate = extractor.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:
         raise TrainError(f"the teacher {folder} hears {rate} Hz; expected one of {SAMPLE_RATE} Hz")
     labels: list = [None] * model.config.vocab_size
     for token, i in tokens.items():
-        labels[i] = token
+        if i < len(labels):  # the others no class stands for
+            labels[i] = token
     blank = model.config.pad_token_id
     labels = [_label(str(folder), x, i == blank) for i, x in enumerate(labels)]
     hop = model.config.inputs_to_logits_ratio

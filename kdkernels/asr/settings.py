@@ -111,8 +111,8 @@ class Settings:
         "its peak in these steps; with that of --learning-rate the weights move so far that the "
         "teacher ends up worse than from nothing",
     )
-    teacher_steps: int = option(2500, "training steps of the teacher")
-    student_steps: int = option(2000, "training steps of each student")
+    teacher_steps: int = option(3500, "training steps of the teacher")
+    student_steps: int = option(3000, "training steps of each student")
     batch_seconds: float = option(48.0, "audio in a step, with padding: the same for everyone")
     accumulate: int = option(1, "parts in which a step is computed, to save memory")
     learning_rate: float = option(3e-3, "its peak: linear warm-up, then a cosine to zero")

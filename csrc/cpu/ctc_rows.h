@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "cpu/ctc_recursion.h"
+#include "cpu/row.h"
 #include "cpu/simd_lanes.h"
 #include "cpu/simd_math.h"
 
@@ -52,10 +53,11 @@ struct SoftmaxRow {
   double rest;  // (out) sum of exp(x - max), less 1: kept apart, small in a certain row
 };
 
-// n <= lanes rows of logits. `ahead`: elements from a row to the one that takes its place in the
-// next call, to be fetched meanwhile.
+// n <= lanes rows of logits. Fetched meanwhile: the rows that take their places in the next call,
+// `ahead` elements further on, and `written`, rows of Float that are then written, if there are
+// any.
 template <class Float, int kVectors, bool kNumbers>
-void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
+void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead, RowsAt written) {
   using V = Vec<Float>;
   constexpr int W = kLanes<Float>;
   constexpr Float kInf = std::numeric_limits<Float>::infinity();
@@ -78,10 +80,12 @@ void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
     V rest[W];
     for (int r = 0; r < n; r++) {
       const SoftmaxRow<Float>& row = rows[r];
+      const Float* const out = kVectors ? nullptr : static_cast<const Float*>(written[r]);
       V sum{};
       for_row<Float, kVectors>(std::min(block, C - begin), [&](int64_t i, int lanes) {
         const V x = load_n(row.logits + begin + i, lanes, -kInf), d = x - row.max;
         __builtin_prefetch(row.logits + begin + i + ahead, 0, 2);
+        if (out) __builtin_prefetch(out + begin + i, 1);
         V y;
         if constexpr (kNumbers) {
           const Number<Float> number = exponential<Float>(x, broadcast(row.max));
@@ -108,12 +112,12 @@ void softmax_rows_of(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
 
 // All rows with numbers, or none.
 template <class Float>
-void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead) {
+void softmax_rows(SoftmaxRow<Float>* rows, int n, int64_t C, int64_t ahead, RowsAt written) {
   with_row_vectors<Float>(C, [&](auto vectors) {
     if (rows[0].m) {
-      softmax_rows_of<Float, vectors(), true>(rows, n, C, ahead);
+      softmax_rows_of<Float, vectors(), true>(rows, n, C, ahead, written);
     } else {
-      softmax_rows_of<Float, vectors(), false>(rows, n, C, ahead);
+      softmax_rows_of<Float, vectors(), false>(rows, n, C, ahead, written);
     }
   });
 }

@@ -213,7 +213,9 @@ class Utterance {
       }
       rows[i].valid = true;  // of an utterance without a transcript nobody asks
     }
-    if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin));
+    const bool direct = p.grad.data && p.grad.dtype == kOwnDType<Float>;
+    const RowsAt written = direct ? p.grad.rows(begin, n_) : RowsAt{nullptr, 0};
+    if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin), written);
     for (int i = 0; i < n; i++) {
       const int64_t t = begin + i;
       if (labelled_) {

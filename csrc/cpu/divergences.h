@@ -84,14 +84,6 @@ class Divergences {
   double* wide_[4];
 };
 
-// Rows of one tensor: the address of the first, and bytes from a row to the next. A gradient that
-// is not wanted is null, and so is the step.
-struct RowsAt {
-  char* first;
-  int64_t step;
-  KDKERNELS_INLINE void* operator[](int64_t i) const { return first + i * step; }
-};
-
 // Rows of any dtype on their way to Divergences and back.
 template <class Float>
 class DivergenceBlock {

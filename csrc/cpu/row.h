@@ -24,6 +24,14 @@ inline void* offset(void* p, DType dtype, int64_t elements) {
   return static_cast<char*>(p) + elements * size_of(dtype);
 }
 
+// Rows of one tensor: the address of the first, and bytes from a row to the next. A tensor that
+// is not there is null, and so is the step.
+struct RowsAt {
+  char* first;
+  int64_t step;
+  KDKERNELS_INLINE void* operator[](int64_t i) const { return first + i * step; }
+};
+
 KDKERNELS_INLINE float from_bfloat16(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
 
 // Round to nearest, ties to even; a NaN stays one.

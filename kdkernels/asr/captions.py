@@ -22,7 +22,7 @@ LINE = 42  # characters
 SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
 READING = 50  # milliseconds a character: 20 characters a second
 LATE = 1500  # milliseconds that a caption may begin after its first word
-DOUBT = 0.8  # confidence below which a word is marked; four in five of those were wrong
+DOUBT = 0.8  # confidence below which a word is marked: of these two in three are wrong
 PARAGRAPH = 1.0  # seconds of pause that begin a new line of text
 DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
 

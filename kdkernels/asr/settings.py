@@ -218,7 +218,7 @@ def _parser(mode: str):
         "--preset",
         choices=tuple(PRESETS),
         default="default",
-        help="default: about 10 minutes on two quiet cores; quick: about 3; full: "
+        help="default: about 6 minutes on two quiet cores; quick: about 3; full: "
         "every arm, an hour or more; the options below override it one by one",
     )
     for setting in fields(Settings):

@@ -58,7 +58,7 @@ class Viterbi {
       const int n = int(std::min(block, T - t));
       SoftmaxRow<Float> rows[kLanes<Float>] = {};
       for (int i = 0; i < n; i++) rows[i].logits = row(t + i, logits_ + i * C);
-      softmax_rows(rows, n, C, ahead * block, {nullptr, 0});
+      softmax_rows(rows, n, C, ahead * block, {});
       for (int i = 0; i < n; i++) {
         if (!rows[i].valid) return std::numeric_limits<double>::quiet_NaN();
         rest_[t + i] = rows[i].rest;

@@ -213,8 +213,8 @@ class Utterance {
       }
       rows[i].valid = true;  // of an utterance without a transcript nobody asks
     }
-    const bool direct = p.grad.data && p.grad.dtype == kOwnDType<Float>;
-    const RowsAt written = direct ? p.grad.rows(begin, n_) : RowsAt{nullptr, 0};
+    const bool direct = p.grad.dtype == kOwnDType<Float>;
+    const RowsAt written = direct ? p.grad.rows(begin, n_) : RowsAt{};
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin), written);
     for (int i = 0; i < n; i++) {
       const int64_t t = begin + i;

@@ -91,11 +91,11 @@ def hugging_face(folder: Path) -> Foreign:
     try:
         model = transformers.AutoModelForCTC.from_pretrained(folder, local_files_only=True)
         tokens = json.loads((folder / "vocab.json").read_text())
-        if not all(isinstance(i, int) for i in tokens.values()):
-            raise ValueError("vocab.json has tokens of several languages, or none")
+        if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
+            raise ValueError("vocab.json is no table of one language's tokens and their numbers")
         # an extractor normalises unless it says otherwise
         extractor = json.loads((folder / "preprocessor_config.json").read_text())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{folder} is no Hugging Face CTC model: {error}") from error
     rate = extractor.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:

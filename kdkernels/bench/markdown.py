@@ -151,7 +151,10 @@ def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
         "Made by `python -m kdkernels.bench.report` from JSON files; do not edit. Contenders take "
         "turns, round after round, in one process; figures are medians with quartiles. A ratio is "
         "that of two medians, its quartiles are those of the ratios within a round. A slow one "
-        "sits rounds out, but runs in five at the least. " + LEGEND,
+        "sits rounds out, but runs in five at the least, so a ratio may lie outside its quartiles. "
+        "On Linux this package asks for huge pages for its outputs; the others, copies too, have "
+        "the pages that their allocator takes, 4 KB ones unless it is told otherwise "
+        "(`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`). " + LEGEND,
     ]
     for result in results:
         parts += [f"## {result['machine'].get('gpu') or result['machine']['cpu']}"]

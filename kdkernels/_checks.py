@@ -77,11 +77,19 @@ def choice(op, name, value, allowed):
 def number(op, name, value):
     if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
         value = float(value)  # numpy's numbers
+    if isinstance(value, torch.Tensor):
+        raise bad_type(op, name, "to be a number", f"a tensor ({name}.item() is one)")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise bad_type(op, name, "to be a number", type(value).__name__)
     if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite
         raise bad_value(op, name, "to be finite", value)
     return float(value)
+
+
+def flag(op, name, value):
+    if isinstance(value, (str, torch.Tensor)) or value not in (True, False):
+        raise bad_type(op, name, "to be True or False", repr(value))
+    return bool(value)
 
 
 def distillation(op, temperature, teacher_temperature, divergence, beta):
@@ -141,6 +149,8 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
 
 
 def _integers(op, name, x):
+    if x.is_meta:
+        raise bad_value(op, name, "with values", "a tensor on the meta device")
     if x.dtype in INTEGERS:
         return x
     if x.dtype in UNSIGNED:

@@ -69,8 +69,8 @@ def ctc_kd_loss(
             kd_loss's mean over the frames that count; ``"sum"``: the two sums; ``"none"``: `[N]`
             for each, kd summed over the frames of an utterance (scalars for `[T, C]`).
         kd_weight: :math:`w_{kd}`.
-        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given. With a `kd_weight` above 1
-            give it: it would be negative.
+        ctc_weight: :math:`w_{ctc}`; ``1 - kd_weight`` unless given. With a `kd_weight` outside
+            [0, 1] it must be: one of the two would be negative.
         temperature, teacher_temperature, divergence, beta, rescale: as in
             :func:`kdkernels.kd_loss`.
         labelled: bool `[N]`: which utterances have a transcript; all of them unless given.
@@ -112,9 +112,14 @@ def ctc_kd_loss(
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
     kd_weight = _checks.number(op, "kd_weight", kd_weight)
-    ctc_weight = (
-        1 - kd_weight if ctc_weight is None else _checks.number(op, "ctc_weight", ctc_weight)
-    )
+    if ctc_weight is not None:
+        ctc_weight = _checks.number(op, "ctc_weight", ctc_weight)
+    elif 0 <= kd_weight <= 1:
+        ctc_weight = 1 - kd_weight
+    else:
+        raise _checks.bad_value(
+            op, "kd_weight", "in [0, 1] where `ctc_weight` is not given", kd_weight
+        )
     if frame_weight is not None:
         shape = (T,) if single else (N, T) if batch_first else (T, N)
         frame_weight = _checks.weight(op, "frame_weight", frame_weight, shape, device)
@@ -143,14 +148,14 @@ def ctc_kd_loss(
     options = (
         blank,
         reduction,
-        bool(zero_infinity),
+        _checks.flag(op, "zero_infinity", zero_infinity),
         ctc_weight * scale,
         kd_weight * scale,
         temperature,
         teacher_temperature,
         divergence,
         beta,
-        bool(rescale),
+        _checks.flag(op, "rescale", rescale),
     )
     arguments = (student_logits, teacher_logits, *tensors, labelled, frame_weight)
     terms = _op.call(op, arguments, options, wanted, backend)

@@ -82,7 +82,11 @@ def ctc_loss(
     wanted = (_op.wants_grad(logits),)
     # A gradient divided by N·S is too small for float16; a loss scale comes only afterwards.
     late = logits.dtype == torch.float16 and reduction == "mean" and wanted[0]
-    options = (blank, "none" if late else reduction, bool(zero_infinity))
+    options = (
+        blank,
+        "none" if late else reduction,
+        _checks.flag(op, "zero_infinity", zero_infinity),
+    )
     (loss,) = _op.call(op, (logits, *tensors), options, wanted, backend)
     if late:
         return (loss / tensors[2].clamp(min=1)).sum() / max(loss.shape[0], 1)

@@ -55,7 +55,8 @@ def kd_loss(
         divergence: ``"forward_kl"``, ``"reverse_kl"`` or ``"jsd"``.
         beta: weight of the teacher in the mixture of ``"jsd"``, in (0, 1).
         weight: `[*]`, bool or floating: the weight of each row. A row of weight 0 is not read (it
-            may hold NaN) and gets a gradient of exactly 0.
+            may hold NaN) and gets a gradient of exactly 0. Its values are not checked: a negative
+            one turns the row's gradient round.
         reduction: ``"none"`` gives `[*]`; ``"sum"``; ``"mean"`` divides the sum by the sum of
             weights (the number of rows without `weight`; 0 where every weight is 0);
             ``"batchmean"`` divides it by the size of dim 0.
@@ -98,7 +99,7 @@ def kd_loss(
         divergence,
         beta,
         reduction if divisor is None else "sum",
-        bool(rescale),
+        _checks.flag(op, "rescale", rescale),
     )
     (loss,) = _op.call(op, (student_logits, teacher_logits, weight), options, wanted, backend)
     return loss if divisor is None else loss / divisor

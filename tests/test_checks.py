@@ -131,6 +131,12 @@ S, T = randn(2, 3, 5), randn(2, 3, 5, seed=1)
             ValueError,
             r"expected `temperature` to be finite, got inf",
         ),
+        (
+            {"temperature": torch.tensor(2.0)},
+            TypeError,
+            r"expected `temperature` to be a number, got a tensor \(temperature.item\(\) is one\)",
+        ),
+        ({"rescale": "no"}, TypeError, r"expected `rescale` to be True or False, got 'no'"),
         ({"temperature": "2"}, TypeError, r"expected `temperature` to be a number, got str"),
         ({"teacher_temperature": 0}, ValueError, r"expected `teacher_temperature` > 0, got 0.0"),
         ({"divergence": "kl"}, ValueError, r"expected `divergence` in .*, got 'kl'"),
@@ -207,6 +213,21 @@ def test_kd_loss_arguments(on, student, teacher, options, error, message):
             ValueError,
             r"expected `frame_weight` of shape \(12, 3\)",
         ),
+        (
+            {"kd_weight": 2},
+            ValueError,
+            r"expected `kd_weight` in \[0, 1\] where `ctc_weight` is not given, got 2.0",
+        ),
+        (
+            {"kd_weight": -1},
+            ValueError,
+            r"expected `kd_weight` in \[0, 1\] where `ctc_weight` is not given, got -1.0",
+        ),
+        (
+            {"zero_infinity": "no"},
+            TypeError,
+            r"expected `zero_infinity` to be True or False, got 'no'",
+        ),
         ({"kd_weight": "1"}, TypeError, r"expected `kd_weight` to be a number, got str"),
         ({"ctc_weight": float("inf")}, ValueError, r"expected `ctc_weight` to be finite, got inf"),
     ],
@@ -215,6 +236,14 @@ def test_ctc_kd_loss_options(on, options, error, message):
     options = {k: v.to(on.device) if torch.is_tensor(v) else v for k, v in options.items()}
     with pytest.raises(error, match=f"^ctc_kd_loss: {message}"):
         call(on, "ctc_kd_loss", **options)
+
+
+@pytest.mark.parametrize("op", ["ctc_loss", "ctc_kd_loss"])
+@pytest.mark.parametrize("name", ["targets", "input_lengths", "target_lengths"])
+def test_tensors_without_values(on, op, name):
+    nothing = torch.ones((3, 4) if name == "targets" else 3, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match=f"^{op}: expected `{name}` with values, got a tensor on"):
+        call(on, op, **{name: nothing})
 
 
 def test_nested_tensors(on):

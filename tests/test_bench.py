@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from kdkernels.bench import instructions, markdown, peers
 from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
-from kdkernels.bench.contenders import contenders, make_inputs
+from kdkernels.bench.contenders import Contender, contenders, make_inputs
 from kdkernels.bench.errors import errors, judged
 from kdkernels.bench.report import PAGE, README, markers, with_section
-from kdkernels.bench.shapes import OPS, SHAPES, TINY
+from kdkernels.bench.report import main as report_main
+from kdkernels.bench.shapes import OPS, SHAPES, TINY, Shape
 from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,17 @@ def test_docs_agree_with_the_results(results):
 def test_a_row_where_another_is_faster_says_why(results):
     for op, shape, name, _ in (x for result in results for x in markdown.beaten(result)):
         assert (op, shape) in markdown.SLOWER_BECAUSE, f"{name} is faster at {op} {shape}: say why"
+
+
+def test_a_floor_that_is_missed_has_a_reason(results):
+    for result in results:
+        assert "Nobody has said why" not in markdown.floors(result)
+
+
+def test_a_ratio_lies_within_its_quartiles(results):
+    for row in (row for result in results for row in result["rows"]):
+        for name, r in row["ratios"].items():
+            assert r["p25"] <= r["value"] <= r["p75"], (row["op"], row["shape"], name)
 
 
 def test_another_that_is_faster_is_named():
@@ -80,12 +92,15 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         "gigabytes_per_second": 1.2288,
         "share_of_copy_bandwidth": 0.12,
         "floors": {"eager": {"floor": 3, "met": False}},
-        "one_thread": {"ours": 3e-5, "eager": 9e-5},
+        "copy_bytes_per_second": 1e10,
+        "one_thread": {
+            n: {"median": x, "p25": x, "p75": x} for n, x in (("ours", 3e-5), ("eager", 9e-5))
+        },
         "peak_memory": {"ours": 1.0, "eager": 5.25},
         "loop": {"ours": 1e-4, "eager": 2e-4, "idle": 5e-5},
         "errors": {
-            "ours": {"loss_relative": 1e-7, "grad_absolute": 2e-7, "differs": False},
-            "eager": {"loss_relative": 1e-2, "grad_absolute": 2e-7, "differs": True},
+            "ours": {"loss_relative": 1e-7, "grad_relative": 2e-7, "differs": False},
+            "eager": {"loss_relative": 1e-2, "grad_relative": 2e-7, "differs": True},
         },
     }
     result = {
@@ -95,7 +110,6 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         "peers": {"optax": {"version": None, "why_not": "not installed"}},
         "threads": 2,
         "dtype": "float32",
-        "copy_bytes_per_second": 1e10,
         "rows": [row],
         "accuracy": {
             "ctc_against_T": [{"T": 50, "ours": 1e-6, "eager": 1e-4}],
@@ -136,6 +150,19 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
     assert gains in markdown.headline([result | {"rows": [row, slower, faster]}])
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": []}', "nothing"])
+def test_what_is_no_result_changes_nothing(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "README.md").write_text("as it was")
+    (tmp_path / "some.json").write_text(content)
+    command = ["report", str(tmp_path / "some.json"), "--root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        report_main()
+    assert "some.json is no result of" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "some.json"]
+    assert (tmp_path / "README.md").read_text() == "as it was"
+
+
 def test_readme_without_markers_is_an_error():
     with pytest.raises(SystemExit, match="expected one pair"):
         with_section("nothing", "speed", "a table")
@@ -158,9 +185,9 @@ def test_who_has_used_its_part_of_the_seconds_runs_a_few_rounds_spread_evenly():
     assert len(times["b"]) == MIN_ROUNDS
 
 
-def test_a_ratio_is_of_the_medians_and_its_spread_of_rounds_that_both_ran_in():
+def test_a_ratio_is_of_rounds_that_both_ran_in():
     times = {"a": {0: 2.0, 3: 4.0, 6: 6.0}, "b": {0: 1.0, 1: 9.0, 2: 1.0, 3: 1.0, 6: 2.0}}
-    assert ratio(times, "a", "b") == {"value": 4.0, "p25": 2.0, "p75": 4.0}
+    assert ratio(times, "a", "b") == {"value": 3.0, "p25": 2.5, "p75": 3.5}
 
 
 def test_a_shape_that_no_row_has_is_an_error(capsys):
@@ -178,6 +205,8 @@ def test_a_shape_that_no_row_has_is_an_error(capsys):
         (["--rounds", "1"], "--rounds must be at least 2, got 1"),
         (["--seconds", "-1"], "--seconds must be greater than 0, got -1.0"),
         (["--backend", "cuda"], "--backend must be one of cpp, "),
+        (["--threads", "1000000"], "--threads must be at most 4 times the "),
+        (["--json", "."], "--json: expected a file, got the folder ."),
         (["--out", "/dev/null/x"], "cannot write into the folder /dev/null/x: "),
         (["--op", "kd_loss", "--json", "/dev/null/x/y.json"], "cannot write into the folder"),
     ],
@@ -190,8 +219,19 @@ def test_options_that_make_no_sense(arguments, message, capsys):
 
 def test_a_contender_off_float64_is_marked():
     assert judged(loss_relative=1e-3)["differs"]
-    assert judged(loss_relative=0.0, grad_absolute=float("nan"))["differs"]
-    assert not judged(loss_relative=1e-7, grad_absolute=1e-6)["differs"]
+    assert judged(loss_relative=0.0, grad_relative=float("nan"))["differs"]
+    assert not judged(loss_relative=1e-7, grad_relative=1e-6)["differs"]
+
+
+def test_a_gradient_of_zeros_is_marked():
+    shape = Shape("kd_loss", 1, 4, 100_000)  # whose largest gradient is far below 1
+    inputs = make_inputs(shape)
+
+    def zeros():
+        loss, grad = contenders(shape, inputs, only=("ours",))["ours"].result()
+        return loss, torch.zeros_like(grad)
+
+    assert errors(shape, inputs, {"ours": Contender(None, zeros)})["ours"]["differs"]
 
 
 def test_a_row_has_moved_only_when_it_leaves_the_noise():

@@ -10,6 +10,7 @@ report.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,13 +20,13 @@ import torch
 
 import kdkernels as kd
 
+from ..backends import NAMES
 from . import markdown
 from .accuracy import accuracy
 from .machine import describe
 from .rows import measure_rows
 from .scaling import scaling, training_step
 from .shapes import OPS, select
-from .timing import copy_bandwidth
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -59,6 +60,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="torch.compile as a contender",
     )
     p.add_argument("--cold", action="store_true", help="empty the caches before every step")
+    p.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="for every contender, as this package asks for them for its outputs (Linux, glibc)",
+    )
     p.add_argument("--memory", action="store_true", help="peak memory of a step too")
     p.add_argument("--loop", action="store_true", help="between a layer and its update too")
     p.add_argument("--errors", action="store_true", help="errors against float64 too")
@@ -76,13 +82,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             p.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.seconds is not None and not args.seconds > 0:
         p.error(f"--seconds must be greater than 0, got {args.seconds}")
+    named = os.environ.get("KDKERNELS_BACKEND")
+    if named and named not in NAMES:
+        p.error(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {named}")
     here = [b for b in kd.available("kd_loss", "cpu") if b != "cuda_emulated"]
     if args.backend not in (None, *here):
         p.error(f"--backend must be one of {', '.join(here)}, got {args.backend}")
+    if args.huge_pages and markdown.HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
+        os.environ["GLIBC_TUNABLES"] = markdown.HUGE_PAGES  # read when a process starts
+        os.execv(sys.executable, [sys.executable, "-m", "kdkernels.bench", *sys.argv[1:]])
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole
     if args.seconds is None:
         args.seconds = 1.4 if args.whole else float("inf")
+    if args.json and args.json.is_dir():
+        p.error(f"--json: expected a file, got the folder {args.json}")
+    if args.threads > 4 * os.cpu_count():
+        p.error(f"--threads must be at most 4 times the {os.cpu_count()} cores, got {args.threads}")
     for folder in filter(None, (args.json and args.json.parent, args.whole and args.out)):
         try:  # before the work, not after it
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +114,10 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     began = perf_counter()
     result = describe(args)
-    bandwidth = result["copy_bytes_per_second"] = copy_bandwidth()
     print(markdown.conditions(result))
-    result["rows"] = measure_rows(args, bandwidth)
+    if "reference" in result["backend"] and args.backend != "reference":
+        print("WARNING: the compiled extension is not here: plain torch is measured as ours.")
+    result["rows"] = measure_rows(args)
     if args.whole:
         print("\naccuracy, scaling, training step ...", flush=True)
         result["accuracy"] = accuracy(args)

@@ -27,6 +27,8 @@ from . import instructions
 from .shapes import OPS, select
 
 HERE = Path(__file__).parent
+# Of fewer, the interval of the median is no more than their extremes.
+MIN_ROUNDS = 6
 # A row that moved by less than this is not reported, however quiet the machine.
 LEAST = 0.02
 LEAST_INSTRUCTIONS = 0.005
@@ -35,19 +37,18 @@ LEAST_INSTRUCTIONS = 0.005
 # ---------------------------------------------------------------- builds
 
 
+def git(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(HERE), *command], capture_output=True)
+
+
 def build(commit: str, folder: Path, pip_options: list[str]) -> Path:
     """Install `commit` into `folder`, with the benchmark of this checkout in it."""
     source, target = folder / "source", folder / "site"
-    git = ["git", "-C", str(HERE)]
-    top = subprocess.run(
-        [*git, "rev-parse", "--show-toplevel"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    top = git("rev-parse", "--show-toplevel").stdout.decode().strip()
     source.mkdir(parents=True)
-    archive = subprocess.run(["git", "-C", top, "archive", commit], stdout=subprocess.PIPE)
-    if archive.returncode:
-        raise SystemExit(f"compare: expected a commit, got {commit!r}")
     print(f"building {commit}", flush=True)
-    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+    archive = git("-C", top, "archive", commit).stdout
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     options = ["-C", "cmake.define.KDKERNELS_CUDA=OFF"]
     subprocess.run([*command, str(target), *options, *pip_options, str(source)], check=True)
@@ -202,9 +203,14 @@ def parse() -> argparse.Namespace:
         p.error("expected two commits, such as `main HEAD`")
     if not args.rows:
         p.error(f"--shape: no row has {args.shape!r}")
-    for name in ("rounds", "threads"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("rounds", MIN_ROUNDS), ("threads", 1)):
+        if getattr(args, name) < least:
+            p.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.json and not args.json.parent.is_dir():
+        p.error(f"--json: there is no folder {args.json.parent}")
+    for commit in args.commits:  # both, before either is built
+        if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").returncode:
+            p.error(f"expected a commit of the repository of {HERE}, got {commit!r}")
     return args
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 
 from . import peers
+from .markdown import COPIES
 from .shapes import Shape
 
 TEMPERATURE = 2.0
@@ -117,11 +118,6 @@ def eager_ctc_kd(i: Inputs, x, reduction="mean"):
 
 OURS = {"kd_loss": ours_kd, "ctc_loss": ours_ctc, "ctc_kd_loss": ours_ctc_kd}
 EAGER = {"kd_loss": eager_kd, "ctc_loss": eager_ctc, "ctc_kd_loss": eager_ctc_kd}
-
-# Logit tensors that a copy must move to equal the least traffic of the operator: 3 V read or
-# written are 1.5 copies. CTC is held to 3 copies.
-COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
-
 
 # torch.compile leaves torch's CTC as it is. What it can fuse, the log_softmax, takes a share of the
 # time from this many classes on; below, it would be eager torch twice.

@@ -6,12 +6,13 @@ from .contenders import EAGER, Contender, Inputs, align_table, evaluate
 from .shapes import Shape
 
 # A contender is said to differ when its loss is off by more than this, relatively, or its gradient
-# absolutely: a hundred times what float32 arithmetic done well gives.
-DIFFERS = {"loss_relative": 1e-4, "grad_absolute": 2e-3}
+# relative to the largest element: a hundred times what float32 arithmetic done well gives.
+DIFFERS = {"loss_relative": 1e-4, "grad_relative": 2e-3}
 
 
 def errors(shape: Shape, inputs: Inputs, rivals: dict[str, Contender]) -> dict[str, dict]:
-    """Name -> relative error of the summed loss, greatest absolute one of the gradient.
+    """Name -> relative error of the summed loss, and greatest error of the gradient over its
+    largest element.
 
     Of an alignment the loss is the summed log-probability of the best paths, without a gradient.
     """
@@ -27,7 +28,8 @@ def errors(shape: Shape, inputs: Inputs, rivals: dict[str, Contender]) -> dict[s
         loss, grad = rival.result()
         error = {"loss_relative": ((loss - true_loss) / true_loss).abs().item()}
         if grad is not None:
-            error["grad_absolute"] = (grad - true_grad).abs().max().item()
+            off, largest = (grad - true_grad).abs().max(), true_grad.abs().max()
+            error["grad_relative"] = (off / largest).item()
         results[name] = judged(**error)
     return results
 

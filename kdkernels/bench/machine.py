@@ -10,8 +10,10 @@ import torch
 import kdkernels
 
 from . import peers
+from .shapes import OPS
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def cpu_name() -> str:
@@ -34,13 +36,36 @@ def caches() -> dict[str, int]:
 
 
 def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = Path(__file__).parent
+    """Of the checkout that this package runs from; an installed one knows its version alone."""
+    here = Path(__file__).resolve().parents[2]
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=here, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
     try:
-        out = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout
+        if Path(git("rev-parse", "--show-toplevel")) != here:  # of somebody else's project
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return out.strip()
+
+
+def transparent_huge_pages() -> str:
+    """When the kernel gives huge pages: always, madvise (to who asks) or never."""
+    try:
+        return HUGE_PAGES.read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def backends_used(named: str | None) -> str:
+    """Such as "cpp", or "cpp, ctc_align reference" where operators do not share one."""
+    if named := named or os.environ.get("KDKERNELS_BACKEND"):
+        return named
+    first, *rest = ((op, kdkernels.available(op)[0]) for op in OPS)
+    return ", ".join([first[1], *(f"{op} {name}" for op, name in rest if name != first[1])])
 
 
 def describe(args) -> dict:
@@ -50,6 +75,7 @@ def describe(args) -> dict:
             "cores": os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "caches": caches(),
+            "huge_pages": transparent_huge_pages(),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {
@@ -62,7 +88,8 @@ def describe(args) -> dict:
         "threads": args.threads,
         "rounds": args.rounds,
         "cold": args.cold,
-        "backend": args.backend or os.environ.get("KDKERNELS_BACKEND") or "default",
+        "backend": backends_used(args.backend),
+        "allocator": os.environ.get("GLIBC_TUNABLES", ""),
         "dtype": "float32",
         "seed": 0,
     }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .markdown import NAMES, measured_names
+from .markdown import NAMES, measured_names, pages_for_all
 
 COLOURS = {"ours": "#0b6e4f", "eager": "#b5651d", "trl": "#4b4e8a"}
 
@@ -10,7 +10,8 @@ COLOURS = {"ours": "#0b6e4f", "eager": "#b5651d", "trl": "#4b4e8a"}
 def draw(results: list[dict], folder: Path) -> tuple[str, ...]:
     """Write PNG files into `folder`; their names, for the results that hold such data."""
     names = []
-    for i, result in enumerate(results):
+    shown = [r for r in results if not pages_for_all(r)]  # the same lines once more
+    for i, result in enumerate(shown):
         for kind, plot in PLOTS.items():
             if result.get(kind):
                 name = f"benchmark-{kind.replace('_', '-')}{f'-{i + 1}' if i else ''}.png"

@@ -6,9 +6,12 @@ python -m kdkernels.bench.report benchmarks/results/*.json [--root .]
 import argparse
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from . import markdown, plots
+from .shapes import SHAPES
 
 README = {"figures": markdown.headline, "speed": markdown.readme_section}
 PAGE = "benchmarks.md"
@@ -28,6 +31,16 @@ def with_section(readme: str, name: str, section: str) -> str:
     return text
 
 
+def checked(result) -> dict:
+    """A result of every row of the table; ValueError says what is wrong with another."""
+    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+        raise ValueError("it has no rows")
+    every = {(s.op, s.label) for s in SHAPES}
+    if missing := every - {(row["op"], row["shape"]) for row in result["rows"]}:
+        raise ValueError(f"{len(missing)} of the {len(every)} rows are not in it")
+    return result
+
+
 def main():
     p = argparse.ArgumentParser(
         prog="python -m kdkernels.bench.report", description=__doc__.splitlines()[0]
@@ -38,7 +51,7 @@ def main():
     results = []
     for path in args.json:
         try:
-            results.append(json.loads(path.read_text()))
+            results.append(checked(json.loads(path.read_text())))
         except (OSError, ValueError) as error:
             p.error(f"{path} is no result of `python -m kdkernels.bench --json`: {error}")
     readme, docs = args.root / "README.md", args.root / "docs"
@@ -47,12 +60,16 @@ def main():
     text = readme.read_text()
     for name, section in README.items():
         text = with_section(text, name, section(results))
+    with tempfile.TemporaryDirectory() as folder:  # all is made before anything is replaced
+        pictures = plots.draw(results, Path(folder))
+        page = markdown.report(results, pictures)
+        docs.mkdir(exist_ok=True)
+        for old in docs.glob("benchmark-*.png"):
+            old.unlink()
+        for name in pictures:
+            shutil.copy(Path(folder) / name, docs)
+    (docs / PAGE).write_text(page)
     readme.write_text(text)
-    docs.mkdir(exist_ok=True)
-    for old in docs.glob("benchmark-*.png"):
-        old.unlink()
-    pictures = plots.draw(results, docs)
-    (docs / PAGE).write_text(markdown.report(results, pictures))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,24 @@ from . import markdown, memory
 from .contenders import EAGER, OURS, contenders, make_inputs
 from .errors import errors
 from .shapes import Shape, select
-from .timing import MIN_ROUNDS, interleave, medians, ratio, spread
+from .timing import MIN_ROUNDS, Copies, interleave, medians, ratio, spread
 
 LOOP_ELEMENTS = 2**23  # logits of more would hide the loss behind the layer
 
 
-def measure_rows(args, bandwidth: float) -> list[dict]:
-    rows = []
+def measure_rows(args) -> list[dict]:
+    """The machine's copy bandwidth is measured before and after each row: it changes by the
+    minute where others use the machine too."""
+    rows, copies = [], Copies()
+    before = copies.bandwidth()
     for shape in select(args.op, args.tiny, args.shape):
         row = measure_row(shape, args)
-        row["share_of_copy_bandwidth"] = row["gigabytes_per_second"] * 1e9 / bandwidth
+        after = copies.bandwidth()
+        row["copy_bytes_per_second"] = (before + after) / 2
+        row["share_of_copy_bandwidth"] = (
+            row["gigabytes_per_second"] * 1e9 / row["copy_bytes_per_second"]
+        )
+        before = after
         print(markdown.row_text(row), flush=True)
         rows.append(row)
     return rows
@@ -43,7 +51,7 @@ def measure_row(shape: Shape, args) -> dict:
     if args.complete and args.threads > 1:
         two = {name: steps[name] for name in ("ours", "eager", "reference") if name in steps}
         torch.set_num_threads(1)
-        row["one_thread"] = medians(two, 3)
+        row["one_thread"] = {n: spread(t) for n, t in interleave(two, MIN_ROUNDS).items()}
         torch.set_num_threads(args.threads)
     if (args.loop or args.complete) and shape.op in OURS and shape.numel <= LOOP_ELEMENTS:
         row["loop"] = loop_row(shape, inputs, args)

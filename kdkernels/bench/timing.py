@@ -1,10 +1,12 @@
 """The one measuring function: contenders take turns, round after round, in one process.
 
 What else the machine does then hits all alike. Figures are medians over the rounds with quartiles.
-A ratio is that of two medians; its quartiles are those of the ratios within a round.
+A ratio is the median of the ratios within the rounds that both ran in, so that it compares what ran
+side by side: it need not be that of the two medians.
 """
 
 import gc
+from functools import partial
 from random import Random
 from statistics import median, quantiles
 from time import perf_counter
@@ -74,19 +76,26 @@ def medians(steps, rounds: int, seconds: float | None = None) -> dict[str, float
 
 
 def spread(times: dict[int, float]) -> dict[str, float]:
-    low, mid, high = quantiles(times.values())
+    low, mid, high = quantiles(times.values(), method="inclusive")
     return {"median": mid, "p25": low, "p75": high, "rounds": len(times)}
 
 
 def ratio(times, above: str, below: str) -> dict[str, float]:
-    """Of the medians; and the quartiles of it within the rounds that both ran in."""
+    """Median and quartiles of the ratio within the rounds that both ran in."""
     a, b = times[above], times[below]
-    low, _, high = quantiles([a[i] / b[i] for i in a if i in b])
-    return {"value": median(a.values()) / median(b.values()), "p25": low, "p75": high}
+    within = [a[i] / b[i] for i in a if i in b]
+    low, mid, high = quantiles(within, method="inclusive")
+    return {"value": mid, "p25": low, "p75": high}
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second, copying 128 MB into memory that was used before."""
-    source = torch.ones(2**25)
-    target = torch.empty_like(source).copy_(source)
-    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, 9)["copy"]
+class Copies:
+    """The machine's own bandwidth: 128 MB copied into memory that was used before."""
+
+    def __init__(self):
+        self.source = torch.ones(2**25)
+        self.target = self.source.clone()
+
+    def bandwidth(self, times: int = 5) -> float:
+        """Bytes read and written per second."""
+        step = partial(self.target.copy_, self.source)
+        return 2 * self.source.nbytes / medians({"copy": step}, times)["copy"]

@@ -391,6 +391,14 @@ def test_a_peer_without_a_row_has_a_reason():
         assert peer["version"] or peer["why_not"]
 
 
+def test_a_peer_of_a_gpu_has_no_row_where_the_cpu_is_measured(monkeypatch):
+    monkeypatch.setattr(peers, "peer_status", lambda name: {"version": "1", "why_not": None})
+    on_cpu, on_gpu = peers.status("cpu"), peers.status("cuda")
+    assert on_cpu["liger"]["why_not"] == "no row; it runs on a GPU, and the CPU is measured here"
+    assert on_cpu["trl"]["why_not"] is on_gpu["liger"]["why_not"] is None
+    assert on_gpu["optax"]["why_not"].startswith("no row; it runs on the CPU")
+
+
 def test_plots_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from kdkernels.bench import plots

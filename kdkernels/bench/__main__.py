@@ -72,8 +72,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
     p.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
     p.add_argument("--json", type=Path, help="write the results here too")
-    p.add_argument("--out", type=Path, default=Path("kdkernels-bench"), help="folder of the report")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the report (default: kdkernels-bench, or kdkernels-bench/tiny)",
+    )
     args = p.parse_args(arguments)
+    if args.out is None:
+        args.out = Path("kdkernels-bench/tiny" if args.tiny else "kdkernels-bench")
     if not select(args.op, args.tiny, args.shape):
         labels = ", ".join(dict.fromkeys(s.label for s in select(args.op, args.tiny)))
         p.error(f"--shape: no row has {args.shape!r}; there are {labels}")
@@ -114,7 +120,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     began = perf_counter()
     result = describe(args)
-    print(markdown.conditions(result))
+    print(markdown.conditions(result), markdown.peers_list(result), sep="\n\n")
     if "reference" in result["backend"] and args.backend != "reference":
         print("WARNING: the compiled extension is not here: plain torch is measured as ours.")
     result["rows"] = measure_rows(args)

@@ -88,6 +88,7 @@ def describe(args) -> dict:
         "threads": args.threads,
         "rounds": args.rounds,
         "cold": args.cold,
+        "tiny": args.tiny,
         "backend": backends_used(args.backend),
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
         "dtype": "float32",

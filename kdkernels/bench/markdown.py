@@ -95,6 +95,8 @@ def conditions(result: dict) -> str:
     if copies := copy_speeds(result):
         low, mid, high = (f"{x / 1e9:.3g}" for x in (copies[0], median(copies), copies[-1]))
         text += f"; copies {mid} GB/s ({low} to {high} over the run)"
+    if result.get("tiny"):
+        text += "; TINY SHAPES, which measure nothing"
     return text + "."
 
 
@@ -228,7 +230,7 @@ def peers_list(result: dict) -> str:
         lines.append(f"- {name}: {'; '.join(said)}")
     lines += [
         f"- {name} failed at `{row['op']}` {row['shape']}: {why}"
-        for row in result["rows"]
+        for row in result.get("rows", [])
         for name, why in row.get("failed", {}).items()
     ]
     return "Peers:\n\n" + "\n".join(lines or ["- not recorded"])
@@ -426,6 +428,8 @@ def training_step(result: dict) -> str:
         [r["shape"], f"{r['parameters'] / 1e6:.2f} M", of(r, "ours"), of(r, "eager")]
         for r in result.get("training_step", [])
     ]
+    if not rows and "training_step" in result:
+        return "Not measured: it needs what the extra `train` installs."
     return rows and (
         "A step of the training program's student with `ctc_kd_loss`, and the share of it that the "
         "loss takes (the rest is the same step with a gradient that is there already).\n\n"

@@ -53,9 +53,16 @@ PEERS = {
 }  # fmt: skip
 
 
-def status() -> dict[str, dict[str, str | None]]:
-    """Name of a peer -> its version, or None and the reason why there is no row of it."""
-    return {name: peer_status(name) for name in PEERS}
+def status(device: str = "cpu") -> dict[str, dict[str, str | None]]:
+    """Name of a peer -> its version or None, and the reason why there is no row of it."""
+    found = {}
+    for name, peer in PEERS.items():
+        found[name] = peer_status(name)
+        if not found[name]["why_not"] and peer.device not in ("any", device):
+            where = {"cuda": "a GPU", "cpu": "the CPU"}
+            why = f"no row; it runs on {where[peer.device]}, and {where[device]} is measured here"
+            found[name] = found[name] | {"why_not": why}
+    return found
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels.bench import instructions, markdown, peers
+from kdkernels.bench import instructions, markdown, peers, reasons
 from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import Contender, contenders, make_inputs
@@ -45,7 +45,7 @@ def test_docs_agree_with_the_results(results):
 
 def test_a_row_where_another_is_faster_says_why(results):
     for op, shape, name, _ in (x for result in results for x in markdown.beaten(result)):
-        assert (op, shape) in markdown.SLOWER_BECAUSE, f"{name} is faster at {op} {shape}: say why"
+        assert (op, shape) in reasons.SLOWER_BECAUSE, f"{name} is faster at {op} {shape}: say why"
 
 
 def test_a_floor_that_is_missed_has_a_reason(results):
@@ -215,6 +215,13 @@ def test_options_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(arguments)
     assert f"python -m kdkernels.bench: error: {message}" in capsys.readouterr().err
+
+
+def test_a_backend_of_the_environment_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "foo")
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--tiny"])
+    assert "expected KDKERNELS_BACKEND in" in capsys.readouterr().err
 
 
 def test_a_contender_off_float64_is_marked():

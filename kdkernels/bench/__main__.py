@@ -20,7 +20,7 @@ import torch
 
 import kdkernels as kd
 
-from ..backends import NAMES
+from ..backends import select as select_backend
 from . import markdown
 from .accuracy import accuracy
 from .machine import describe
@@ -88,9 +88,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             p.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.seconds is not None and not args.seconds > 0:
         p.error(f"--seconds must be greater than 0, got {args.seconds}")
-    named = os.environ.get("KDKERNELS_BACKEND")
-    if named and named not in NAMES:
-        p.error(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {named}")
+    try:
+        select_backend("kd_loss", "cpu")
+    except ValueError as error:  # KDKERNELS_BACKEND names one that is not here
+        p.error(str(error))
     here = [b for b in kd.available("kd_loss", "cpu") if b != "cuda_emulated"]
     if args.backend not in (None, *here):
         p.error(f"--backend must be one of {', '.join(here)}, got {args.backend}")
@@ -121,7 +122,8 @@ def main() -> int:
     began = perf_counter()
     result = describe(args)
     print(markdown.conditions(result), markdown.peers_list(result), sep="\n\n")
-    if "reference" in result["backend"] and args.backend != "reference":
+    named = args.backend or os.environ.get("KDKERNELS_BACKEND")
+    if "reference" in result["backend"] and not named:
         print("WARNING: the compiled extension is not here: plain torch is measured as ours.")
     result["rows"] = measure_rows(args)
     if args.whole:

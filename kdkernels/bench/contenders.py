@@ -14,8 +14,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 
 from . import peers
-from .markdown import COPIES
-from .shapes import Shape
+from .shapes import COPIES, Shape
 
 TEMPERATURE = 2.0
 BETA = 0.5  # of the Jensen-Shannon divergence

@@ -2,6 +2,9 @@
 
 from statistics import median
 
+from .reasons import MISSED_BECAUSE, SLOWER_BECAUSE
+from .shapes import COPIES
+
 # Logit tensors that a step must read or write, and what they are.
 MOVES = {
     "kd_loss": (3, "student and teacher are read, the gradient is written"),
@@ -26,33 +29,6 @@ NAMES = {
 }
 # Of these ours takes a share of the time; of the others it is so many times as fast.
 OF_THEIRS = ("separate", "copy")
-# Logit tensors that a copy must move to equal the least traffic of the operator: 3 V read or
-# written are 1.5 copies. CTC is held to 3 copies.
-COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
-# Why another contender is faster at a row: (op, shape) -> the reason. The report names every such
-# row, and a test wants a reason for each of those in benchmarks/results/.
-SLOWER_BECAUSE: dict[tuple[str, str], str] = {}
-# Why a floor is missed, on the machine of the committed results: a test wants a reason for each.
-MISSED_BECAUSE: dict[tuple[str, str, str], str] = {
-    ("kd_loss", "(6400, 32)", "eager"): "A call costs 0.04 ms at the smallest size (see Cost of "
-    "a call), half of an eighth of eager's time.",
-    ("kd_loss", "(6400, 32)", "copy"): "The copy of 1 MB takes less than a call costs.",
-    ("kd_loss", "(8192, 1000)", "eager"): "Between 1.3 and 2 times a copy is left to gain; eager's "
-    "own time differs more from run to run, with the pages it is given.",
-    ("kd_loss", "(4096, 5000)", "eager"): "With huge pages for all: eager's time is a third of "
-    "what it is with small ones, and ours is 1.3 times a copy. See Traffic and threads.",
-    ("kd_loss", "(1024, 32000)", "eager"): "Memory is the limit: half of the copy bandwidth is "
-    "used. Eager differs from run to run with the pages it is given.",
-    ("kd_loss", "(1024, 32000)", "compile"): "With huge pages for all: torch.compile is at four "
-    "times a copy, so the floor asks for the time of the copy itself.",
-    ("ctc_loss", "(400, 16, 1000, 60)", "eager"): "By less than the spread of the ratio.",
-    ("ctc_loss", "(150, 16, 5000, 20)", "eager"): "The recursion over 20 labels is a small part: "
-    "both read and write the same logits, eager in more passes, which is all there is to gain.",
-    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "ctc_loss alone takes four fifths of the "
-    "time of the two, and fusing them leaves its recursion as it is.",
-    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): "It takes three times a copy of 3 V; up to a "
-    "tenth is missing, about what eager's time differs by.",
-}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # huge pages for torch's and everybody's tensors
 LEGEND = (
     "Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the others. V is the size of one "

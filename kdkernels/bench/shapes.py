@@ -2,8 +2,8 @@
 
 A floor is what is accepted at the least on two CPU cores in float32, from raw logits to gradient.
 `eager`, `compile`: that many times as fast as torch. `copy`, `separate`: at most that many times
-the time of copying the logits into fresh memory (1.5 tensors for kd_loss, 3 for CTC: COPIES in
-markdown.py), or of this package's two losses in turn.
+the time of copying the logits into fresh memory (COPIES of them), or of this package's
+two losses in turn.
 """
 
 from typing import NamedTuple
@@ -84,6 +84,10 @@ TINY = [
     _ctc("ctc_kd_loss", 20, 3, 8, 4, "tiny", eager=1, separate=100),
     _ctc("ctc_align", 20, 3, 8, 4, "tiny"),
 ]
+
+# Logit tensors that a copy must move to equal the least traffic of the operator: 3 V read or
+# written are 1.5 copies. CTC is held to 3 copies.
+COPIES = {"kd_loss": 1.5, "ctc_loss": 3.0, "ctc_kd_loss": 3.0, "ctc_align": 0.5}
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_align")
 

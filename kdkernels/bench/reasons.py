@@ -1,0 +1,27 @@
+"""Why a row is as it is, on the machine of the committed results: a test wants these reasons."""
+
+# Why another contender is faster at a row: (op, shape) -> the reason. The report names every such
+# row.
+SLOWER_BECAUSE: dict[tuple[str, str], str] = {}
+# Why a floor is missed: (op, shape, contender) -> the reason.
+MISSED_BECAUSE: dict[tuple[str, str, str], str] = {
+    ("kd_loss", "(6400, 32)", "eager"): "A call costs 0.04 ms at the smallest size (see Cost of "
+    "a call), half of an eighth of eager's time.",
+    ("kd_loss", "(6400, 32)", "copy"): "The copy of 1 MB takes less than a call costs.",
+    ("kd_loss", "(8192, 1000)", "eager"): "Ours takes between 1.3 and 2 times a copy; eager's "
+    "own time differs more from run to run, with the pages it is given.",
+    ("kd_loss", "(4096, 5000)", "eager"): "With huge pages for all: eager's time is a third of "
+    "what it is with small ones, and ours is 1.3 times a copy. See Traffic and threads.",
+    ("kd_loss", "(1024, 32000)", "eager"): "Half of the copy bandwidth is used. "
+    "Eager differs from run to run with the pages it is given.",
+    ("kd_loss", "(1024, 32000)", "compile"): "With huge pages for all: torch.compile is near four "
+    "times a copy, so the floor asks for the time of the copy itself.",
+    ("ctc_loss", "(400, 16, 1000, 60)", "eager"): "By less than the spread of the ratio.",
+    ("ctc_loss", "(150, 16, 5000, 20)", "eager"): "Not profiled in this run. Ours uses 3 tenths "
+    "of the copy bandwidth; with huge pages for all both are faster, eager by more.",
+    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "Fusing saves passes over the logits, small "
+    "here, and leaves the recursion as it is. ctc_loss alone took from a half to four fifths of "
+    "the time of the two, from run to run: why it differs so much is not known.",
+    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): "It takes three times a copy of 3 V; up to a "
+    "tenth is missing, about what eager's time differs by.",
+}

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import Place
 from helpers import Problem, ctc_oracle, kd_oracle, problem, randn
 from tolerances import assert_ctc_grad, assert_kd_grad, assert_loss
 
+import kdkernels as kd
 from kdkernels import backends
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
@@ -373,6 +375,42 @@ def test_half_precision_gives_a_float32_loss(on, dtype):
     expected = on.kd_loss(s.float().to(on.device), t.float().to(on.device))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def kd_grad(s, t, **options):
+    s = s.clone().requires_grad_()
+    kd.kd_loss(s, t, backend="cpp", **options).backward()
+    return s.grad
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_results_below_the_normal_numbers_are_zero(dtype, divergence):
+    """They would slow Intel's processors many times; torch's own arithmetic keeps them."""
+    tiny = torch.finfo(dtype).tiny
+    s = math.log(tiny) * torch.linspace(0, 1, 64, dtype=dtype).expand(50, 64)
+    t = 0.99 * s
+    weight = torch.full((50,), 1e-3, dtype=dtype)
+    grad = kd_grad(s, t, weight=weight, divergence=divergence, reduction="sum")
+    assert (grad.abs() > 0).any()
+    assert ((grad == 0) | (grad.abs() >= tiny)).all()
+    assert (torch.full((1 << 20,), tiny, dtype=dtype) * 0.5 > 0).all()  # of every thread
+
+
+def test_arguments_below_the_normal_numbers_are_read():
+    """A subnormal half is, whatever torch is told."""
+    s, t = 3e-6 * randn(40, 9, seed=28), 3e-6 * randn(40, 9, seed=29)
+    s, t = s.to(torch.float16), t.to(torch.float16)
+    p = problem(C=9, seed=30)
+    expected = kd_grad(s, t), *run(Place("cpu", "cpp"), p.logits.float(), *p.rest)
+    torch.set_flush_denormal(True)
+    try:
+        found = kd_grad(s, t), *run(Place("cpu", "cpp"), p.logits.float(), *p.rest)
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert (expected[0] != 0).any()
 
 
 # ---------------------------------------------------------- values that the host does not look at

@@ -12,6 +12,7 @@
 #include "cpu/arena.h"
 #include "cpu/ctc_rows.h"
 #include "cpu/ctc_target.h"
+#include "cpu/flush_to_zero.h"
 #include "cpu/kernels.h"
 #include "cpu/kl_rows.h"
 #include "cpu/row.h"
@@ -163,6 +164,7 @@ void ctc_align(int64_t T, int64_t N, int64_t C, int64_t S, const void* logits, i
     const int64_t piece = piece_of<Float>(T, C, S);
 #pragma omp parallel num_threads(int(threads)) if (threads > 1 && N > 1)
     {
+      const FlushToZero flush;
       Arena arena(static_cast<char*>(workspace) + omp_get_thread_num() * piece);
       Viterbi<Float> viterbi(arena, T, C, S);
 #pragma omp for schedule(dynamic)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/ctc_utterance.h"
+#include "cpu/flush_to_zero.h"
 #include "cpu/kernels.h"
 
 namespace kdkernels {
@@ -48,6 +49,7 @@ template <class Float>
 void run_utterances(const Problem<Float>& p, const Workspace<Float>& workspace, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    const FlushToZero flush;
     Arena arena = workspace[omp_get_thread_num()];
     RowScratch<Float> scratch(p.divergence, p.C, arena);
     Utterance<Float> utterance(arena, p.T, p.C, p.S);
@@ -81,6 +83,7 @@ void run_directions(const Problem<Float>& p, const Workspace<Float>& workspace, 
   }
 #pragma omp parallel num_threads(threads)
   {
+    const FlushToZero flush;
     Arena arena = workspace[omp_get_thread_num()];
     RowScratch<Float> scratch(p.divergence, p.C, arena);
 #pragma omp for schedule(static)

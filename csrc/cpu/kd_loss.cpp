@@ -8,6 +8,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/divergences.h"
+#include "cpu/flush_to_zero.h"
 #include "cpu/kernels.h"
 #include "cpu/row.h"
 
@@ -117,6 +118,7 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
           goes_past(grad_teacher, teacher_dtype)};
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
+    const FlushToZero flush;
     Arena arena(workspace + omp_get_thread_num() * piece);
     DivergenceBlock<Float> block(options, C, arena);
 #pragma omp for schedule(dynamic)

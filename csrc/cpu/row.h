@@ -41,6 +41,26 @@ KDKERNELS_INLINE uint16_t to_bfloat16(float x) {
   return uint16_t(x == x ? rounded : 0x7fc0u);
 }
 
+#if defined(__F16C__)
+KDKERNELS_INLINE float from_float16(uint16_t x) { return _cvtsh_ss(x); }
+KDKERNELS_INLINE uint16_t to_float16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
+// kLanes<float> of them.
+KDKERNELS_INLINE VecF32 load_float16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (VecF32)_mm512_cvtph_ps(load<__m256i>(p));
+#else
+  return (VecF32)_mm256_cvtph_ps(load<__m128i>(p));
+#endif
+}
+KDKERNELS_INLINE void store_float16(uint16_t* p, VecF32 x) {
+#if defined(__AVX512F__)
+  store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#else
 // A half's exponent is moved to a float's place and its bias mended by a multiplication, which is
 // exact and makes the subnormals right as well.
 KDKERNELS_INLINE float from_float16(uint16_t x) {
@@ -62,6 +82,16 @@ KDKERNELS_INLINE uint16_t to_float16(float x) {
   return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
 }
 
+KDKERNELS_INLINE VecF32 load_float16(const uint16_t* p) {
+  VecF32 x;
+  for (int i = 0; i < kLanes<float>; i++) x[i] = from_float16(p[i]);
+  return x;
+}
+KDKERNELS_INLINE void store_float16(uint16_t* p, VecF32 x) {
+  for (int i = 0; i < kLanes<float>; i++) p[i] = to_float16(x[i]);
+}
+#endif
+
 // The dtype that is the arithmetic's own.
 template <class Float>
 constexpr DType kOwnDType = sizeof(Float) == 8 ? DType::float64 : DType::float32;
@@ -81,7 +111,11 @@ const Float* convert_row(const void* row, DType dtype, int64_t C, Float* scratch
     }
     case DType::float16: {
       const uint16_t* x = static_cast<const uint16_t*>(row);
-      for (int64_t c = 0; c < C; c++) scratch[c] = Float(from_float16(x[c]));
+      int64_t c = 0;
+      if constexpr (sizeof(Float) == 4) {
+        for (; c + kLanes<float> <= C; c += kLanes<float>) store(scratch + c, load_float16(x + c));
+      }
+      for (; c < C; c++) scratch[c] = Float(from_float16(x[c]));
       break;
     }
     default:
@@ -119,7 +153,13 @@ void round_row(void* row, DType dtype, int64_t C, const Float* values) {
     }
     case DType::float16: {
       uint16_t* y = static_cast<uint16_t*>(row);
-      for (int64_t c = 0; c < C; c++) y[c] = to_float16(float(values[c]));
+      int64_t c = 0;
+      if constexpr (sizeof(Float) == 4) {
+        for (; c + kLanes<float> <= C; c += kLanes<float>) {
+          store_float16(y + c, load<VecF32>(values + c));
+        }
+      }
+      for (; c < C; c++) y[c] = to_float16(float(values[c]));
       break;
     }
     default:

@@ -30,12 +30,13 @@ with needed():
     from kdkernels.asr.arms import ARMS, TEACHERS
     from kdkernels.asr.console import say, warn
     from kdkernels.asr.evaluation import evaluate, evaluate_teachers, measure_loss
-    from kdkernels.asr.folder import Folder
+    from kdkernels.asr.folder import Folder, alone
     from kdkernels.asr.prepare import prepare
     from kdkernels.asr.settings import Settings, parse
     from kdkernels.asr.stages import (
         Experiment,
         Trained,
+        cache_logits,
         self_supervise,
         train_student,
         train_teacher,
@@ -48,7 +49,7 @@ def run(settings: Settings) -> dict:
     out = Path(settings.out)
     cache = Path(settings.cache) if settings.cache else out / "cache"
     for folder in (out, cache):
-        files.check_writable(folder)
+        files.check_writable(folder, "--out and --cache")
         if processes.rank() == 0:  # the others would walk a folder that it is setting aside
             files.remove_unfinished(folder)
     for text in settings_module.warnings(settings):
@@ -60,6 +61,7 @@ def run(settings: Settings) -> dict:
         folder.begin()
     with processes.first_then_others():
         corpora = prepare(settings, cache, teachers.characters(opened))
+    teachers.check_alphabets(opened, corpora.alphabet)
     prepared = time.perf_counter() - start
     there = len(corpora.transcribed)
     if there < settings.student_transcripts:
@@ -76,6 +78,8 @@ def run(settings: Settings) -> dict:
         models[f"teacher_{name}"] = train_teacher(
             experiment, f"teacher_{name}", TEACHERS[name], ssl
         )
+    for heard in ARMS["distilled"].hears:  # here, so that a teacher that does not fit is told
+        cache_logits(experiment, opened, getattr(corpora, heard))
     for name in (name for name in ARMS if name in settings.arms):
         models[f"student_{name}"] = train_student(experiment, name, opened, models)
 
@@ -99,6 +103,7 @@ def run(settings: Settings) -> dict:
         measure_loss(experiment, models["student_distilled"], opened),
         {"precision": str(on.dtype), "device": str(on.device), "threads": torch.get_num_threads()},
         {"speech and features": prepared, "total": time.perf_counter() - start},
+        {name: x.kept for name, x in models.items() if x.kept},
     )
     results["examples"] = example.texts(experiment, models)
     if processes.rank() == 0:
@@ -124,7 +129,7 @@ def run_seeds(settings: Settings) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     settings = parse(arguments)
     try:
-        with processes.group():
+        with processes.group(), alone(Path(settings.out)):
             results = run_seeds(settings)
             say(report.markdown(results))
     except files.TrainError as error:

@@ -129,6 +129,12 @@ def test_error_rates_and_their_intervals():
 
 def test_text_is_normalised():
     assert sources.normalise("  Don't STOP_me, \u00c9lan  42! ") == "don't stop me \u00e9lan 42"
+    assert sources.normalise("don\u2019t u\u0308ber") == "don't \u00fcber"
+    hindi = "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e"
+    assert sources.normalise(f"{hindi}\u0964") == hindi
+    assert sources.normalise("\u0e17\u0e35\u0e48, \u0645\u06cc\u200c\u0631") == (
+        "\u0e17\u0e35\u0e48 \u0645\u06cc\u0631"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,8 @@ def test_text_is_normalised():
         (["--teacher-steps", "0"], "--teacher-steps must be greater than 0, got 0"),
         (["--untranscribed-share", "1"], "--untranscribed-share must be in (0, 1), got 1.0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--min-confidence", "1"], "--min-confidence must be in [0, 1), got 1.0"),
+        (["--blank-threshold", "2"], "--blank-threshold must be in (0, 1], got 2.0"),
         (["--learning-rate=-1e-3"], "--learning-rate must be greater than 0, got -0.001"),
         (["--kd-weight", "nan"], "--kd-weight must be a number (float), got nan"),
         (["--seeds", "two"], "--seeds must be a number (int), got two"),

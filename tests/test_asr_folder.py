@@ -1,5 +1,6 @@
 """One folder, one run: what another run left there is set aside, and is not lost."""
 
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from test_train import TINY
 
 from kdkernels import train
 from kdkernels.asr import batches, files
-from kdkernels.asr.folder import Folder
+from kdkernels.asr.folder import Folder, alone
 from kdkernels.asr.report import FILES
 from kdkernels.asr.settings import Settings, save
 from kdkernels.asr.training import Checkpoints
@@ -101,6 +102,31 @@ def test_other_data_under_the_same_settings(tmp_path, capsys):
     folder.claim("student_alone", "student_alone")
     left.add("student_alone.safetensors")
     assert {path.name for path in tmp_path.glob("*.safetensors")} == left
+
+
+def test_what_was_set_aside_is_not_replaced(tmp_path):
+    """Other data twice under the same settings."""
+    for key in ("first", "second", "third"):
+        folder = Folder(tmp_path, Settings(out=str(tmp_path)))
+        folder.begin()
+        folder.claim("teacher", key)
+        files.save_tensors(tmp_path / "teacher.safetensors", {"x": torch.ones(1)}, key)
+    kept = (tmp_path / "previous").rglob("teacher.safetensors")
+    assert {files.load_header(path)["key"] for path in kept} == {"first", "second"}
+    Folder(tmp_path, Settings(out=str(tmp_path))).claim("teacher", "first")
+    assert files.load_header(tmp_path / "teacher.safetensors")["key"] == "first"
+
+
+def test_one_process_in_a_folder(finished, capsys):
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    with alone(finished):
+        assert train.main([*COMMAND, "--seed=1", "--out", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: process {os.getpid()} is at work in {finished}: wait for it")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+    with alone(finished):
+        pass
 
 
 def test_a_teacher_that_lies_in_the_folder_stays_there(tmp_path):

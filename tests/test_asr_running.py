@@ -11,9 +11,10 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import TINY
+from test_train import TINY, altered
 
 from kdkernels import train
 from kdkernels.asr import files, settings
@@ -61,18 +62,38 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("broken", [1, 2])
-def test_of_broken_checkpoints_the_one_before_is_used(out, capsys, broken):
+@pytest.mark.parametrize("how", [altered, lambda content: content[:1000]], ids=["altered", "cut"])
+def test_of_broken_checkpoints_the_one_before_is_used(out, capsys, broken, how):
     good = (out / STUDENT).read_bytes()
     (out / STUDENT).unlink()
     newest = sorted((out / "checkpoints" / "student_distilled").glob("step-*"))[-broken:]
     for path in newest:
-        path.write_bytes(path.read_bytes()[:1000])
+        path.write_bytes(how(path.read_bytes()))
     code, said = again(out, capsys)
     assert code == 0
     assert said.count("cannot be read") == broken
     assert said.count("the checkpoint before it is used") == broken
     assert f"{newest[0]} " in said
     assert (out / STUDENT).read_bytes() == good
+
+
+def test_a_model_that_was_altered_is_made_again(out, capsys):
+    good = (out / STUDENT).read_bytes()
+    (out / STUDENT).write_bytes(altered(good))
+    code, said = again(out, capsys)
+    assert code == 0
+    assert f"{out / STUDENT} cannot be read (it is damaged" in said
+    assert (out / STUDENT).read_bytes() == good
+
+
+def test_a_training_that_diverges_is_stopped(tmp_path, capsys):
+    command = [*TINY, ARMS, "--learning-rate=1e30", "--out", str(tmp_path)]
+    for _ in range(2):  # again, and what is kept is the step before
+        assert train.main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: teacher: at step ")
+        assert "Lower --learning-rate (1e+30)" in said
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_few_checkpoints_are_kept_and_the_best(out):
@@ -103,6 +124,14 @@ def test_metrics_have_a_line_for_each_point(out):
     rows = [json.loads(line) for line in (out / "student_alone.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert all(row["loss"] > 0 for row in rows)
+
+
+def test_the_printed_settings_are_those_of_the_preset(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        settings.parse(["--preset", "quick", "--keep=3", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["teacher_steps"] == settings.PRESETS["quick"]["teacher_steps"]
+    assert printed["keep"] == 3
 
 
 def test_the_resolved_settings_can_be_given_back(out):

@@ -70,13 +70,17 @@ def test_a_kaldi_folder(folder):
     [
         ("wav.scp", "u1 a.wav\nu2 gone.wav\n", "wav.scp, line 2: there is no file"),
         ("wav.scp", "u1 a.wav\nu2 sox b.flac |\n", "wav.scp, line 2: no file but a command"),
-        ("wav.scp", "u1 a.wav\nu2\n", "wav.scp, line 2: no file but a command"),
+        ("wav.scp", "u1 a.wav\nu2\n", "wav.scp, line 2: no file for u2"),
         ("text", "u1 one\n", "wav.scp, line 2: .*text has no line u2"),
         ("text", "u1 one\nu2 ...\n", "text, line 2: `text` has no word"),
         ("segments", "u1 u1 0 0.2\nu2 u2 0\n", "segments, line 2: expected `utterance recording"),
         ("segments", "u1 u1 0 0.2\nu2 u9 0 0.2\n", "segments, line 2: wav.scp has no recording u9"),
         ("segments", "u1 u1 0 0.2\nu2 u2 0.3 0.2\n", "segments, line 2: the segment ends before"),
-        ("segments", "u1 u1 0 0.2\nu2 u2 0 9\n", "segments, line 2: .*b.flac is truncated"),
+        (
+            "segments",
+            "u1 u1 0 0.2\nu2 u2 0 9\n",
+            "segments, line 2: .*b.flac has 0.5 s, but the segment",
+        ),
     ],
 )
 def test_a_bad_line_of_a_kaldi_folder(folder, capsys, name, text, message):
@@ -89,6 +93,17 @@ def test_a_bad_line_of_a_kaldi_folder(folder, capsys, name, text, message):
     assert skipped == 1
     assert len(shards[0]) == 1
     assert "warning: 1 of 2 lines" in capsys.readouterr().err
+
+
+def test_a_transcript_without_a_recording(folder):
+    (folder / "wav.scp").write_text("u1 a.wav\nu2 b.flac\n")
+    (folder / "text").write_text("u1 one\nu2 two\nu3 three\n")
+    with pytest.raises(
+        TrainError, match=r"1 of 3 lines(.|\n)*text, line 3: .*wav.scp has no .* u3"
+    ):
+        sources.read(str(folder), True)
+    assert sources.read(str(folder), True, skip_bad=True)[1] == 1
+    assert sources.read(str(folder), False)[1] == 0  # where no transcript is read
 
 
 def test_a_folder_that_is_no_data_set(tmp_path):
@@ -138,9 +153,22 @@ def test_a_bad_row_of_a_hugging_face_dataset(folder):
 def test_a_row_whose_samples_are_no_numbers_is_named(folder):
     soundfile.write(folder / "a.wav", np.full(99, np.nan, "f4"), 16000, subtype="FLOAT")
     items = [{"bytes": (folder / "a.wav").read_bytes(), "path": None}]
-    shards, _ = sources.read(hugging_face(folder, audio=items, text=["one"]), True)
-    with pytest.raises(TrainError, match="hf, row 0 holds samples that are no numbers"):
-        heard(shards)
+    spec = hugging_face(folder, audio=items, text=["one"])
+    with pytest.raises(TrainError, match="hf, row 0: samples that are no numbers"):
+        sources.read(spec, True)
+
+
+def test_samples_are_looked_at_where_they_are_used(folder):
+    samples = np.full(32000, 0.1, "f4")
+    samples[20000] = np.inf
+    soundfile.write(folder / "part.wav", samples, 16000, subtype="FLOAT")
+    line = {"audio_filepath": "part.wav", "text": "one", "offset": 0.5, "duration": 0.5}
+    (folder / "m.jsonl").write_text(json.dumps(line))
+    (shard,), _ = sources.read(str(folder / "m.jsonl"), True)
+    assert len(heard([shard])[0][1]) == 8000
+    (folder / "m.jsonl").write_text(json.dumps({**line, "duration": 1.0}))
+    with pytest.raises(TrainError, match=r"part\.wav holds samples that are no numbers"):
+        sources.read(str(folder / "m.jsonl"), True)
 
 
 def test_a_hugging_face_dataset_that_cannot_be_used(folder):

@@ -133,6 +133,30 @@ def test_teachers_that_are_none(spec, message):
         teachers.open_teachers([spec])
 
 
+def test_a_teacher_saved_with_its_processor(tmp_path):
+    """Newer versions write one file for all of it."""
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    (tmp_path / "preprocessor_config.json").unlink()
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=False)
+    transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(tmp_path)
+    ((teacher, _),) = teachers.open_teachers([str(tmp_path)])
+    assert teacher.frames_per_second == 50
+    assert not teacher._normalise
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").unlink(missing_ok=True)
+    with pytest.raises(TrainError, match="hears 8000 Hz"):
+        teachers.open_teachers([str(tmp_path)])
+
+
+def test_an_unfitting_alphabet_is_told_before_the_training(tmp_path, capsys):
+    save(tmp_path / "teacher", "Wav2Vec2", ["a", "|", "<pad>"])
+    command = [*TINY, "--teachers", str(tmp_path / "teacher"), "--out", str(tmp_path / "out")]
+    assert train.main(command) == 2
+    assert "error: the teacher does not know 'b'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_a_vocabulary_is_that_of_the_classes(tmp_path):
     save(tmp_path, "Wav2Vec2", ["a", "|", "<pad>"])
     vocabulary = tmp_path / "vocab.json"

@@ -37,6 +37,25 @@ def test_onnx_runtime_gives_torchs_logits(run, capsys, N, frames):
     assert logit_lengths.tolist() == expected_lengths.tolist()
 
 
+def test_a_streaming_student(tmp_path):
+    """Of the default depth: more than one layer of attention."""
+    torch.manual_seed(0)
+    encoder = model.Encoder(16, 6, 6, 8, 4)
+    path = tmp_path / "student_streaming.safetensors"
+    facts = {"shape": encoder.shape, "alphabet": " abc\u00e9"}
+    files.save_tensors(path, encoder.state_dict(), "key", **facts)
+    assert export.main([str(path), str(tmp_path / "student.onnx")]) == 0
+
+
+def test_a_model_without_characters_is_refused(tmp_path, capsys):
+    encoder = model.Encoder(16, 1, 512)
+    path = tmp_path / "ssl.safetensors"
+    files.save_tensors(path, encoder.state_dict(), "key", shape=encoder.shape, alphabet=" abc")
+    assert export.main([str(path), str(tmp_path / "a.onnx")]) == 2
+    assert "says no characters but 512 codes" in capsys.readouterr().err
+    assert not (tmp_path / "a.onnx").exists()
+
+
 def test_the_file_says_what_it_needs(run):
     folder, _ = run
     export.main([str(folder), str(folder / "student.onnx")])

@@ -50,7 +50,7 @@ def again(out, capsys, *arguments):
 def test_a_run_writes_models_and_a_report(out):
     names = {path.name for path in out.iterdir()}
     models = {f"{name}.{suffix}" for name in MODELS for suffix in ("safetensors", "jsonl")}
-    written = {"cache", "checkpoints", "settings.yaml", *FILES}
+    written = {".lock", "cache", "checkpoints", "settings.yaml", *FILES}
     assert names == models | written
     vtt = (out / "captions.vtt").read_text()
     assert vtt.startswith("WEBVTT")
@@ -91,12 +91,20 @@ def test_the_same_seed_gives_the_same_models(out, tmp_path):
         assert all((a[key] == b[key]).all() for key in a)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "foreign", "empty", "missing"])
+def altered(content, at=0.6):
+    """One bit of it is another."""
+    changed = bytearray(content)
+    changed[int(at * len(content))] ^= 4
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "altered", "foreign", "empty", "missing"])
 @pytest.mark.parametrize("pattern", ["logits-*", "features-*"])
 def test_a_cache_that_cannot_be_used_is_made_again(out, capsys, kind, pattern):
     path, other = sorted((out / "cache").glob(pattern))[:2]
     good = path.read_bytes()
     content = {"truncated": good[: len(good) // 2], "foreign": other.read_bytes(), "empty": b""}
+    content["altered"] = altered(good)
     path.unlink()
     if kind in content:
         path.write_bytes(content[kind])
@@ -196,7 +204,7 @@ def test_own_recordings(recordings):
         ('{"audio_filepath": "no.wav", "text": "a"}', "no.wav; mend its path"),
         (
             '{"audio_filepath": "a0.wav", "text": "a", "duration": 9}',
-            "a0.wav is truncated: `duration` promises 9.0 s",
+            "a0.wav has 2.0 s, but `duration` promises 9.0 s",
         ),
         ('{"audio_filepath": "empty.wav", "text": "a"}', "empty.wav holds no audio"),
         ('{"audio_filepath": "nothing.wav", "text": "a"}', "nothing.wav cannot be read as audio"),
@@ -230,14 +238,19 @@ def test_a_bad_line_is_named_before_the_work_begins(recordings, capsys, line, me
 
 
 def test_samples_that_are_no_numbers(recordings, capsys):
-    folder, _, arguments = recordings
+    folder, entries, arguments = recordings
     samples = np.full(32000, 0.1, "f4")
     samples[31000] = np.nan
     soundfile.write(folder / "nan.wav", samples, 16000, subtype="FLOAT")
-    write_manifest(folder, "untranscribed", [{"audio_filepath": "nan.wav"}])
+    write_manifest(folder, "untranscribed", [entries[0], {"audio_filepath": "nan.wav"}])
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
-    assert said == f"error: {folder / 'nan.wav'} holds samples that are no numbers; replace it\n"
+    assert f"untranscribed.jsonl, line 2: {folder / 'nan.wav'} holds samples that are no" in said
+    assert train.main([*arguments, "--skip-bad"]) == 0
+    assert "warning: 1 of 2 lines" in capsys.readouterr().err
+    report = (folder / "out" / "report.md").read_text()
+    assert "left out: 1 of the untranscribed set" in report
+    assert "left out: 0" not in report
 
 
 def test_recordings_of_nothing_are_warned_of(recordings, capsys):

@@ -17,10 +17,13 @@ RATES = (1000, 768000)  # Hz: what a recording may have
 FILTERS = 2**19  # taps of the resampling filters that are made and applied at once
 
 
-def check(path: Path, duration: float | None, where: str) -> float:
-    """Seconds of an audio file; raises unless it is there, is audio, and is whole.
+def check(
+    path: Path, where: str, start: float = 0.0, end: float | None = None, promise: str = ""
+) -> float:
+    """Seconds of an audio file; raises unless it is there, is audio, is whole, and reaches `end`,
+    as `promise` says. `where` names the manifest's line in the message.
 
-    `where` names the manifest's line in the message. Reads the header and the last sample only.
+    Reads the header and the last sample, of a file that can hold them all numbers from `start` on.
     """
     if not path.exists():
         raise TrainError(f"{where}: there is no file {path}; mend its path or remove the line")
@@ -44,11 +47,30 @@ def check(path: Path, duration: float | None, where: str) -> float:
             whole = len(file.read(1)) == 1 and not cut_short(path)
         except soundfile.SoundFileError:  # a flac whose last frame is not there
             whole = False
-    short = duration is not None and seconds < 0.95 * duration - 0.1
-    if not whole or short:
-        more = f"`duration` promises {duration:.1f} s" if whole else "its header promises more"
-        raise TrainError(f"{where}: {path} is truncated: {more}; replace it or remove the line")
+        if not whole:
+            raise TrainError(
+                f"{where}: {path} is truncated: its header promises more; replace it or remove the "
+                "line"
+            )
+        if end is not None and seconds < 0.95 * end - 0.1:
+            raise TrainError(
+                f"{where}: {path} has {seconds:.1f} s, but {promise}; replace it or mend the line"
+            )
+        if not finite(file, start, end):
+            raise TrainError(
+                f"{where}: {path} holds samples that are no numbers; replace it or remove the line"
+            )
     return seconds
+
+
+def finite(file: soundfile.SoundFile, start: float = 0.0, end: float | None = None) -> bool:
+    """Whether every sample between two times, in seconds, is a number."""
+    if file.subtype not in ("FLOAT", "DOUBLE"):
+        return True
+    file.seek(min(round(start * file.samplerate), file.frames))
+    left = -1 if end is None else round((end - start) * file.samplerate)
+    blocks = file.blocks(1 << 16, frames=left, dtype="float32")
+    return all(np.isfinite(block).all() for block in blocks)
 
 
 def cut_short(path: Path) -> bool:
@@ -63,8 +85,11 @@ def cut_short(path: Path) -> bool:
 def header(file) -> None:
     """Raises OSError or ValueError unless `file`, a path or a binary file, is audio."""
     try:
-        if soundfile.info(file).frames <= 0:
-            raise ValueError("no audio in it")
+        with soundfile.SoundFile(file) as opened:
+            if opened.frames <= 0:
+                raise ValueError("no audio in it")
+            if not finite(opened):
+                raise ValueError("samples that are no numbers")
     except soundfile.SoundFileError as error:
         raise ValueError(f"cannot be read as audio ({error})") from error
 

@@ -75,6 +75,7 @@ def _graph(recogniser: Recogniser) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)  # of padding, not done
         torch.onnx.export(
             recogniser.encoder,
             example,

@@ -1,7 +1,7 @@
 """Files written whole or not at all, and reused only when they are exactly what was asked for.
 
-A file of tensors carries the key of what it was made from; a missing, truncated or foreign file
-reads as None, and the stage that owns it makes it again.
+A file of tensors carries the key of what it was made from, and a digest of what it holds; a
+missing, damaged or foreign file reads as None, and the stage that owns it makes it again.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,9 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     """sha256 of names and values."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        sha256.update(name.encode() + b"\0" + safetensors.torch.save({"": tensor.contiguous()}))
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        sha256.update(values.view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
@@ -54,8 +57,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.unlink(temporary)
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder and write into it once, before any long work begins."""
+def check_writable(folder: Path, options: str = "--out") -> None:
+    """Make the folder and write into it once, before any long work begins; `options` choose it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -63,13 +66,15 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise TrainError(
             f"cannot write into the folder {folder}: {error.strerror or error}; "
-            "choose another with --out (and --cache)"
+            f"choose another with {options}"
         ) from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, **facts) -> None:
     """safetensors, with `key` and `facts` (anything json can write) in its header."""
-    header = json.dumps({"key": key, **facts})  # one entry: the order of several is not fixed
+    content = digest(key, facts, tensors_digest(tensors))
+    # one entry: the order of several is not fixed
+    header = json.dumps({"key": key, "content": content, **facts})
     write_bytes(path, safetensors.torch.save(tensors, {"kdkernels": header}))
 
 
@@ -80,6 +85,25 @@ def load_header(path: Path) -> dict:
             return json.loads((file.metadata() or {}).get("kdkernels", "{}"))
     except (safetensors.SafetensorError, OSError, ValueError):
         return {}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the header, key and facts, of such a file.
+
+    Raises OSError where it cannot be opened, ValueError where it is damaged or none of these.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("kdkernels", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if "content" not in header:
+        raise ValueError("no file of this program, or of another version of it")
+    facts = {name: x for name, x in header.items() if name not in ("key", "content")}
+    if digest(header.get("key"), facts, tensors_digest(tensors)) != header.get("content"):
+        raise ValueError("it is damaged: what it holds is not what was written")
+    return tensors, {"key": header["key"], **facts}
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -100,12 +124,11 @@ def load_tensors(
     if not path.exists():
         return None
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("kdkernels", "{}"))
-            if facts.get("key") == key:
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+        tensors, facts = read_tensors(path)
+        if facts["key"] == key:
+            return tensors, facts
         reason = "was made from other data or settings"
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = f"cannot be read ({error})"
     print(f"{path} {reason}: {otherwise}", file=sys.stderr)
     return None

@@ -4,12 +4,14 @@ What another left is set aside whole, in a folder of OUT/previous, before anythi
 stage takes back from there what was made from exactly the same things: its files carry a key.
 """
 
+import itertools
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
-from . import files, report, settings
+from . import files, processes, report, settings
 from .console import warn
 
 STAGES = ("ssl", *report.NAMES)
@@ -35,6 +37,37 @@ def _keys(path: Path) -> set[str]:
         return {json.loads(line)["key"] for line in path.read_text().splitlines()}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+@contextmanager
+def alone(path: Path):
+    """Nobody else trains in this folder meanwhile: two would take each other's files away.
+
+    Raises TrainError where somebody does. The lock goes with the process, however it ends.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        fcntl = None
+    if processes.rank() > 0 or fcntl is None:
+        yield
+        return
+    files.check_writable(path)
+    with open(path / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise files.TrainError(
+                f"process {file.read().strip()} is at work in {path}: wait for it, stop it, or "
+                "choose another folder with --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 class Folder:
@@ -72,8 +105,8 @@ class Folder:
         self._own.add(stage)
 
     def _set_aside(self, name: str) -> Path | None:
-        """Moves what is not this run's to OUT/previous/NAME; None where there is nothing."""
-        aside = self.path / "previous" / name[:8]
+        """Moves what is not this run's to OUT/previous/NAME, or NAME-2 and so on where it would
+        be in the place of something; None where there is nothing."""
         teachers = {
             Path(spec.rpartition("=")[0] or spec).resolve() for spec in self._settings.teachers
         }
@@ -83,6 +116,9 @@ class Folder:
             for part in (*parts, *report.FILES)
             if (self.path / part).exists() and (self.path / part).resolve() not in teachers
         ]
+        numbered = (f"{name[:8]}-{i}" if i > 1 else name[:8] for i in itertools.count(1))
+        folders = (self.path / "previous" / name for name in numbered)
+        aside = next(f for f in folders if not any((f / part).exists() for part in there))
         for part in there:
             _move(self.path / part, aside / part)
         return aside if there else None

@@ -1,9 +1,12 @@
 """The acoustic model of teacher and student: a residual convolutional encoder with a CTC head."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import files
 from .features import FRAMES_PER_SECOND, MELS
 
 STACK = 3  # feature frames in one frame of logits
@@ -46,9 +49,11 @@ class ChunkAttention(nn.Module):
         age = chunk[:, None] - chunk
         seen = (age >= 0) & (age <= self.left)
         heads = self.qkv(self.norm(x)).view(N, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)
-        # what a padded frame attends to does not matter, but it must be something
-        seen = seen & (mask[:, None, None, :, 0] | torch.eye(T, dtype=torch.bool, device=x.device))
-        y = F.scaled_dot_product_attention(*heads, attn_mask=seen)
+        query, key, value = heads[0], heads[1], heads[2]
+        # what a padded frame attends to does not matter, but it must be something: itself
+        frame = torch.arange(T, device=x.device)
+        seen = seen & (mask[:, None, None, :, 0] | (frame[:, None] == frame))
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return x + self.out(y.transpose(1, 2).reshape(N, T, width))
 
 
@@ -96,3 +101,27 @@ class Encoder(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def read_encoder(path: Path, whose: str = "") -> tuple[Encoder, str]:
+    """The encoder in a file of `python -m kdkernels.train`, and the alphabet it writes in.
+
+    `whose` begins the message, e.g. "the teacher ". Raises TrainError where there is none.
+    """
+    try:
+        tensors, facts = files.read_tensors(path)
+        encoder = Encoder(*facts["shape"])
+        encoder.load_state_dict(tensors)
+        alphabet, classes = facts["alphabet"], encoder.head.out_features
+    except (OSError, ValueError, RuntimeError) as error:
+        raise files.TrainError(f"{whose}{path} cannot be read as a model ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise files.TrainError(
+            f"{whose}{path} is no model of `python -m kdkernels.train` (no {error} in its header)"
+        ) from error
+    if classes != 1 + len(alphabet):
+        raise files.TrainError(
+            f"{whose}{path} says no characters but {classes} codes of the self-supervised stage; "
+            "take a teacher or a student"
+        )
+    return encoder, alphabet

@@ -9,14 +9,12 @@ in blocks of 20 seconds and a microphone in blocks of a tenth therefore give the
 """
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ from . import audio, decode, features
 from .captions import Word
 from .data import Alphabet
 from .files import TrainError
-from .model import STACK, Encoder
+from .model import STACK, Encoder, read_encoder
 
 # Frames are normalised over those around them that hold speech, back to the last pause, after which
 # another may speak. Pauses do not count, and are silence to the encoder: in training there were
@@ -80,19 +78,8 @@ def load(path: Path) -> Recogniser:
                 else "a folder or a .safetensors that `python -m kdkernels.train` wrote"
             )
         )
-    try:
-        with safetensors.safe_open(file, "pt") as opened:
-            facts = json.loads((opened.metadata() or {})["kdkernels"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        encoder = Encoder(*facts["shape"])
-        encoder.load_state_dict(tensors)
-        return Recogniser(encoder.eval(), Alphabet(facts["alphabet"]))
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise TrainError(f"{file} cannot be read as a model ({error})") from error
-    except (KeyError, TypeError) as error:
-        raise TrainError(
-            f"{file} is no model of `python -m kdkernels.train` (no {error} in its header)"
-        ) from error
+    encoder, alphabet = read_encoder(file)
+    return Recogniser(encoder.eval(), Alphabet(alphabet))
 
 
 def look_ahead(recogniser: Recogniser) -> float:

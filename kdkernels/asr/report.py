@@ -50,6 +50,7 @@ def make(
     loss_ms: dict[str, float],
     machine: dict,
     seconds: dict[str, float],
+    kept: dict[str, dict[str, list[int]]],
 ) -> dict:
     """Everything that was measured, as json writes it."""
     drawn = decode.resamples(len(corpora.test), settings.seed)
@@ -81,6 +82,7 @@ def make(
             "speech": "recorded" if settings.transcribed else "synthesised by espeak-ng",
             "sha256": digest(*(data.sha256 for data in sets.values())),
             "skipped": corpora.skipped or {},
+            "kept": kept,
             "utterances": {name: len(data) for name, data in sets.items()},
             "hours": {name: data.seconds / 3600 for name, data in sets.items()},
         },
@@ -211,6 +213,17 @@ def markdown(r: dict) -> str:
         f"[{', '.join(f'{x:.1f}' for x in r['noisy_wer_interval'][name])}]."
         for name, wer in r["noisy_wer"].items()
     ]
+    left_out = [
+        f"- Lines that could not be used and were left out: {count} of the {name} set."
+        for name, count in r["corpus"]["skipped"].items()
+        if count
+    ]
+    filtered = [
+        f"- {NAMES[name]}: {some} of {all_} {heard} utterances; of the others the teacher was not "
+        "sure enough, or it heard nothing in them."
+        for name, sets in r["corpus"]["kept"].items()
+        for heard, (some, all_) in sets.items()
+    ]
     drawn = f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {r['settings']['seed']}"
     first = f"seed-{seeds[0]}/" if seeds else ""
     links = ", ".join(f"[{name}]({first}{name})" for name in CAPTIONS)
@@ -246,6 +259,8 @@ def markdown(r: dict) -> str:
             f"{loss['difference']:.0e}), the step {r['step_ms']['student_distilled']:.0f} ms.",
             f"- That loss uses {loss['fused_bytes'] / 1e6:.2f} MB at its peak, torch's "
             f"{loss['torch_bytes'] / 1e6:.2f} MB.",
+            *filtered,
+            *left_out,
             *noise,
             chance,
             f"- {source}",
@@ -267,7 +282,7 @@ def markdown(r: dict) -> str:
             "",
             f"Corpus sha256 {r['corpus']['sha256'][:16]}, {drawn}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}; {r['seconds']['total']:.0f} s, beside what was on disk.",
+            f"{r['machine']['precision']}; the last command took {r['seconds']['total']:.0f} s.",
             "",
         ]
     )

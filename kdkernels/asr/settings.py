@@ -38,7 +38,7 @@ used as they are. Where a run with other settings is there, it is set aside in O
 what does not depend on them is taken back; delete OUT/previous when you need nothing of it.
 
 Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
-out among them, the results those of one process.
+out among them, and the results are those of one process but for rounding.
 """
 
 FRAMES = ("all", "nonblank", "neighbours", "threshold")
@@ -246,7 +246,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     for config in configs:
         if not Path(config).is_file():
             parser.error(f"--config: there is no file {config!r}")
-    preset = parser.parse_args(arguments).preset
+    shown = [word for word in arguments if not word.startswith("--print_config")]  # afterwards
+    preset = parser.parse_args(shown).preset
     parser.set_defaults(PRESETS[preset])
     given = vars(parser.parse_args(arguments))
     settings = Settings(**{f.name: given[f.name] for f in fields(Settings)})
@@ -276,6 +277,10 @@ def problem(settings: Settings) -> str | None:
         if not (0 < value < math.inf or (zero and value == 0)):
             least = "at least 0" if zero else "greater than 0"
             return f"{flag} must be {least}, got {value}"
+    if settings.min_confidence >= 1:
+        return f"--min-confidence must be in [0, 1), got {settings.min_confidence}"
+    if settings.blank_threshold > 1:
+        return f"--blank-threshold must be in (0, 1], got {settings.blank_threshold}"
     if settings.temperature < 1e-30:
         return f"--temperature must be at least 1e-30, got {settings.temperature}"
     if settings.untranscribed_share >= 1:

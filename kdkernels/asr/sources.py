@@ -10,8 +10,8 @@ Every line that cannot be used is reported with its place; it is left out only w
 
 import json
 import math
-import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,18 @@ from .tables import is_hugging_face, open_table
 
 SHARD = 250
 SHOWN = 20  # of the bad lines
+# Apostrophes, and the joiners that only shape letters.
+SPELT_ALIKE = {0x2019: "'", 0x02BC: "'", 0xFF07: "'", 0x200C: None, 0x200D: None, 0x00AD: None}
 
 
 def normalise(text: str) -> str:
-    """Lower case; letters, digits and apostrophes; one space between words."""
-    return " ".join(re.sub(r"[^\w']|_", " ", text.lower()).split())
+    """Lower case; letters with their marks, digits and apostrophes; one space between words."""
+    text = unicodedata.normalize("NFC", text.lower()).translate(SPELT_ALIKE)
+
+    def kept(character: str) -> bool:
+        return character == "'" or unicodedata.category(character)[0] in "LMN"
+
+    return " ".join("".join(c if kept(c) else " " for c in text).split())
 
 
 class Line(NamedTuple):
@@ -170,16 +177,18 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         file = (path.parent / entry["audio_filepath"]).resolve()
         start = offset or 0.0
         end = None if duration is None else start + duration
-        _check(file, end, where)
+        promise = "" if duration is None else f"`duration` promises {duration:.1f} s"
+        promise += f" from {start:.1f} s on" if start else ""
+        _check(file, start, end, where, promise)
         return Line(str(file), text, start, None if offset is None else end)
 
     for where, row in _rows(path):
         yield lambda where=where, row=row: line(where, row)
 
 
-def _check(file: Path, end: float | None, where: str) -> None:
+def _check(file: Path, start: float, end: float | None, where: str, promise: str) -> None:
     try:
-        audio.check(file, end, where)
+        audio.check(file, where, start, end, promise)
     except TrainError as error:
         raise BadLineError(str(error)) from error
 
@@ -214,16 +223,27 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
             raise BadLineError(f"{where}: wav.scp has no recording {recording}")
         path = recordings[recording][1]
         if not path or path.endswith("|"):
-            raise BadLineError(f"{recordings[recording][0]}: no file but a command; write a path")
+            what = "no file but a command" if path else f"no file for {recording}"
+            raise BadLineError(f"{recordings[recording][0]}: {what}; write a path")
         if transcripts and key not in texts:
             raise BadLineError(f"{where}: {folder / 'text'} has no line {key}")
         text = _text(*texts[key], transcripts) if transcripts else ""
         file = Path(path) if Path(path).exists() else folder / path
-        _check(file, stop, where)
+        promise = "" if stop is None else f"the segment ends at {stop:.1f} s"
+        _check(file, start, stop, where, promise)
         return Line(str(file.resolve()), text, start, stop)
 
-    for key, (where, row) in (recordings if segments is None else segments).items():
+    utterances = recordings if segments is None else segments
+
+    def unheard(key: str, where: str) -> Line:
+        name = "wav.scp" if segments is None else "segments"
+        raise BadLineError(f"{where}: {folder / name} has no line {key}")
+
+    for key, (where, row) in utterances.items():
         yield lambda key=key, where=where, row=row: line(key, where, row)
+    for key, (where, _) in texts.items():
+        if key not in utterances:
+            yield lambda key=key, where=where: unheard(key, where)
 
 
 def _table(spec: str, transcripts: bool) -> Iterator[Callable[[], Line]]:

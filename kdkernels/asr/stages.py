@@ -47,6 +47,8 @@ class Trained(NamedTuple):
     encoder: model.Encoder
     curve: list[training.Point]
     sha256: str  # of the weights
+    # of each set of which it heard a part alone: how many utterances, of how many
+    kept: dict[str, list[int]] | None = None
 
 
 def dev_wer(experiment: Experiment, encoder: model.Encoder) -> float:
@@ -274,7 +276,17 @@ def train_student(
         loss_of = losses.ctc
         made_from = [learned] if "teacher" in arm.hears.values() else []
     start = students[f"student_{arm.start}"] if arm.start else None
-    return train(
+    kept = {
+        heard: [len(pool.allowed), len(pool.data)]
+        for heard, (pool, _) in zip(arm.hears, parts, strict=True)
+        if pool.allowed is not None and len(pool.allowed) < len(pool.data)
+    }
+    for heard, (some, all_) in kept.items():
+        say(
+            f"student_{name}: {some} of {all_} {heard} utterances; of the others the teacher is "
+            "not sure enough, or it hears nothing in them"
+        )
+    trained = train(
         experiment,
         f"student_{name}",
         shape,
@@ -284,3 +296,4 @@ def train_student(
         made_from,
         start=start,
     )
+    return trained._replace(kept=kept)

@@ -134,6 +134,8 @@ def run(
         before = word.end
     if before is not None and not as_json:
         print()
+    if not samples:
+        raise files.TrainError("standard input ended before a sample came; is audio piped into it?")
     seconds = samples / rate
     print(f"{seconds:.1f} s, {count} words", end="", file=sys.stderr)
     if lags:

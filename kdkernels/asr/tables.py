@@ -58,7 +58,7 @@ class HuggingFace:
 
     def text(self, row: int) -> str:
         if self._words is None:
-            raise ValueError(f"no column `text`, only {self._data.column_names}")
+            raise ValueError(f"no column `text` or `sentence`, only {self._data.column_names}")
         return self._data[self._words][row]
 
     def _item(self, row: int) -> dict:
@@ -74,6 +74,8 @@ class HuggingFace:
         item = self._item(row)
         if item.get("array") is None:
             audio.header(self._file(item))
+        elif not np.isfinite(np.asarray(item["array"], np.float32)).all():
+            raise ValueError("samples that are no numbers")
 
     def audio(self, row: int) -> tuple[np.ndarray, int]:
         item = self._item(row)

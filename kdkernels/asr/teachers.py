@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from .audio import SAMPLE_RATE
 from .data import Alphabet, Dataset
 from .extras import missing
 from .files import TrainError
-from .model import STACK, Encoder
+from .model import STACK, Encoder, read_encoder
 
 SHARD = 2000  # utterances
 BLANKS = ("", "-", "<pad>", "[pad]", "<blank>", "<blk>")
@@ -42,17 +41,7 @@ class Own:
     @classmethod
     def of(cls, path: Path) -> "Own":
         """From OUT/NAME.safetensors."""
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("kdkernels", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            encoder = Encoder(*facts["shape"])
-            encoder.load_state_dict(tensors)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise TrainError(f"the teacher {path} cannot be read: {error}") from error
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise TrainError(f"the teacher {path} is no model of this program: {error}") from error
-        return cls(encoder, facts["alphabet"])
+        return cls(*read_encoder(path, "the teacher "))
 
     def logits(self, data: Dataset, on: training.Machine) -> Iterator[tuple[int, Tensor]]:
         self.encoder.to(on.device)
@@ -93,11 +82,10 @@ def hugging_face(folder: Path) -> Foreign:
         tokens = json.loads((folder / "vocab.json").read_text())
         if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
             raise ValueError("vocab.json is no table of one language's tokens and their numbers")
-        # an extractor normalises unless it says otherwise
-        extractor = json.loads((folder / "preprocessor_config.json").read_text())
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{folder} is no Hugging Face CTC model: {error}") from error
-    rate = extractor.get("sampling_rate", SAMPLE_RATE)
+    rate = extractor.sampling_rate
     if rate != SAMPLE_RATE:
         raise TrainError(f"the teacher {folder} hears {rate} Hz; expected one of {SAMPLE_RATE} Hz")
     labels: list = [None] * model.config.vocab_size
@@ -107,7 +95,7 @@ def hugging_face(folder: Path) -> Foreign:
     blank = model.config.pad_token_id
     labels = [_label(str(folder), x, i == blank) for i, x in enumerate(labels)]
     hop = model.config.inputs_to_logits_ratio
-    return Foreign(model, labels, hop, extractor.get("do_normalize", True))
+    return Foreign(model, labels, hop, getattr(extractor, "do_normalize", True))
 
 
 def torchaudio_bundle(name: str) -> Foreign:
@@ -195,6 +183,13 @@ def to_alphabet(logits: Tensor, labels: list, alphabet: Alphabet) -> Tensor:
     if len(set(labels) - {None}) != sum(x is not None for x in labels):
         raise TrainError("the teacher has two classes for one character: take another one")
     return logits[:, [labels.index(x) for x in wanted]]
+
+
+def check_alphabets(opened: list[tuple], alphabet: Alphabet) -> None:
+    """Raises TrainError for a teacher that cannot be mapped, before anything is trained."""
+    for teacher, _ in opened:
+        if teacher:
+            to_alphabet(torch.zeros(1, len(teacher.labels)), teacher.labels, alphabet)
 
 
 def to_rate(logits: Tensor, rate: float, T: int, new_rate: float) -> Tensor:

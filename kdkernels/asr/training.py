@@ -171,8 +171,15 @@ def fit(
                 loss = loss_of(logits, lengths, batch, step / steps)
                 loss.backward()
             loss_here += loss.item()
-        total += processes.mean(loss_here)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        loss_here = processes.mean(loss_here)
+        total += loss_here
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
+        if not math.isfinite(loss_here + norm):
+            raise TrainError(
+                f"{metrics.name}: at step {step + 1} the loss is {loss_here:.3g} and the norm of "
+                f"its gradient {norm:.3g}; nothing of this step is kept. Lower --learning-rate "
+                f"({settings.learning_rate:g})"
+            )
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
@@ -199,7 +206,8 @@ class Metrics:
     """OUT/NAME.jsonl, a line for each point of the curve; OUT/tensorboard on request."""
 
     def __init__(self, out: Path, name: str, key: str, tensorboard: bool):
-        self.path, self.key, self._shown = out / f"{name}.jsonl", key, 0
+        self.name, self.path, self.key = name, out / f"{name}.jsonl", key
+        self._shown = 0
         self._board = None
         if tensorboard and processes.rank() == 0:
             try:

@@ -100,9 +100,11 @@ def test_nothing_is_lost(run, tmp_path, capsys):
     for name in ("a.wav", "a.flac"):
         soundfile.write(tmp_path / name, samples, RATE)
     (tmp_path / "a.txt").write_text("my notes")
-    assert call(tmp_path / "a.wav", "--model", run) == 2
+    soundfile.write(tmp_path / "c.wav", samples, RATE)
+    assert call(tmp_path / "a.wav", tmp_path / "c.wav", "--model", run) == 1
     assert "a.txt exists; --force replaces it" in capsys.readouterr().err
     assert (tmp_path / "a.txt").read_text() == "my notes"
+    assert (tmp_path / "c.txt").exists()  # the others are done
     (tmp_path / "b").mkdir()
     soundfile.write(tmp_path / "b" / "a.wav", samples, RATE)
     both = (tmp_path / "a.wav", tmp_path / "b" / "a.wav")

@@ -103,8 +103,8 @@ def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, dou
     )
 
 
-def outputs_of(paths: list[Path], out: str | None, force: bool) -> list[list[Path]]:
-    """What is written for each recording; raises before the work where something would be lost."""
+def outputs_of(paths: list[Path], out: str | None) -> list[list[Path]]:
+    """What is written for each recording; raises where one would take the place of another."""
     places = [Path(out) if out else path.parent for path in paths]
     stems = [(place / path.stem).resolve() for place, path in zip(places, paths, strict=True)]
     names = [
@@ -121,8 +121,6 @@ def outputs_of(paths: list[Path], out: str | None, force: bool) -> list[list[Pat
         if other is not path:
             raise files.TrainError(f"{other} and {path} would both be written to {outputs[0]}")
         for output in outputs:
-            if output.exists() and not force:
-                raise files.TrainError(f"{output} exists; --force replaces it")
             if output.resolve() == path.resolve():
                 raise files.TrainError(f"{path} would be overwritten; is it audio?")
     return written
@@ -132,12 +130,14 @@ def run(
     paths: list[Path], out: str | None, force: bool, doubt: float, model: recognise.Recogniser
 ) -> int:
     """All recordings; what cannot be done is told, and the others are. Returns the exit code."""
-    written = outputs_of(paths, out, force)
+    written = outputs_of(paths, out)
     if out:
         files.check_writable(Path(out))
     failed = 0
     for path, outputs in zip(paths, written, strict=True):
         try:
+            if not force and (there := [output for output in outputs if output.exists()]):
+                raise files.TrainError(f"{path}: {there[0]} exists; --force replaces it")
             print(transcribe(path, outputs, model, doubt), flush=True)
         except files.TrainError as error:
             failed += 1

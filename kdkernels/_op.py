@@ -6,6 +6,9 @@ logits is stored but that gradient. In eager mode a registered operator would co
 call, so one is used only where torch.compile needs it to be opaque.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from . import backends
@@ -24,47 +27,55 @@ def call(op, tensors, options, wanted, backend):
         raise RuntimeError(
             f"{op}: cannot be traced by torch.jit; use torch.compile or torch.export"
         )
-    if any(wanted):
-        return _Fused.apply(op, backend, options, wanted, *tensors)
-    function = backends.select(op, tensors[0].device.type, backend)
-    return function(*tensors, *options, *wanted)[: -len(wanted)]
+    call = _Call(op, *backends.select_loss(op, tensors[0].device.type, backend), options, wanted)
+    if True in wanted:
+        return _Fused.apply(call, *tensors)
+    return call.function(*tensors, *options, *wanted)[: -len(wanted)]
 
 
 def wants_grad(x):
     return x.requires_grad and torch.is_grad_enabled()
 
 
+class _Call(NamedTuple):
+    op: str
+    function: Callable
+    scale_grad_: Callable  # of the same backend
+    options: tuple
+    wanted: tuple[bool, ...]
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, backend, options, wanted, *tensors):
-        device = tensors[0].device.type
-        function = backends.select(op, device, backend)
+    def forward(ctx, call, *tensors):
+        _, function, _, options, wanted = call
         outputs = function(*tensors, *options, *wanted)
-        losses, ctx.grads = outputs[: -len(wanted)], list(outputs[-len(wanted) :])
-        ctx.op, ctx.function, ctx.options, ctx.wanted = op, function, options, wanted
-        ctx.device, ctx.backend = device, backend
+        losses = outputs[: -len(wanted)]
+        ctx.call, ctx.grads = call, outputs[-len(wanted) :]
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*losses[1:])
+        if len(losses) > 1:
+            ctx.mark_non_differentiable(*losses[1:])
         return losses
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        results = [None] * len(ctx.needs_input_grad)
+        needed = ctx.needs_input_grad
+        results = [None] * len(needed)
         if grad_loss is None:
             return tuple(results)
+        op, function, scale_grad_, options, wanted = ctx.call
         grads, ctx.grads = ctx.grads, None
-        scale_grad_ = backends.select("scale_grad", ctx.device, ctx.backend)
         if grads is None:  # a graph that was kept: what was handed out is never touched again
             with torch.no_grad():
-                tensors = ctx.saved_tensors
-                grads = ctx.function(*tensors, *ctx.options, *ctx.wanted)[-len(ctx.wanted) :]
-        for i, grad in enumerate(grads):
-            if grad is not None and ctx.needs_input_grad[4 + i]:
-                results[4 + i] = scale_grad_(grad, grad_loss.detach())
+                grads = function(*ctx.saved_tensors, *options, *wanted)[-len(wanted) :]
+        factor = grad_loss.detach()
+        for i, grad in enumerate(grads, 1):  # 0 is the call
+            if grad is not None and needed[i]:
+                results[i] = scale_grad_(grad, factor)
         if torch.is_grad_enabled():
             results = [
-                g if g is None else _Once.apply(ctx.op, g, grad_loss, *ctx.saved_tensors)
+                g if g is None else _Once.apply(op, g, grad_loss, *ctx.saved_tensors)
                 for g in results
             ]
         return tuple(results)

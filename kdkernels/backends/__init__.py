@@ -1,8 +1,10 @@
 """The list of backends, best first, and the choice among them.
 
 A backend is a module of this package with functions of fixed names (the values of FUNCTIONS; their
-arguments are those of ``reference``) and ``supports(op, device_type)``. A new backend is one
-module, one word in NAMES and, where it needs a module that may be missing, one line in REQUIRES.
+arguments are those of ``reference``), ``supports(op, device_type)`` and, for the backward pass of
+its losses, ``scale_grad_(grad, grad_loss)``: the gradient made in forward, times what comes in. A
+new backend is one module, one word in NAMES and, where it needs a module that may be missing, one
+line in REQUIRES.
 """
 
 import functools
@@ -22,7 +24,6 @@ FUNCTIONS = {
     "ctc_kd_loss": "ctc_kd_loss_forward",
     "ctc_posteriors": "ctc_posteriors",
     "ctc_align": "ctc_align",
-    "scale_grad": "scale_grad_",  # backward: the gradient made in forward, times what comes in
 }
 
 _environ = os.environ
@@ -45,8 +46,7 @@ def load(name):
 def available(op, device_type="cpu"):
     """Names of the backends that run `op` on `device_type` on this machine, best first."""
     if op not in FUNCTIONS:
-        ops = sorted(FUNCTIONS.keys() - {"scale_grad"})
-        raise ValueError(f"available: expected `op` in {ops}, got {op!r}")
+        raise ValueError(f"available: expected `op` in {sorted(FUNCTIONS)}, got {op!r}")
     modules = ((name, load(name)) for name in NAMES)
     return [name for name, module in modules if module and module.supports(op, device_type)]
 
@@ -54,6 +54,11 @@ def available(op, device_type="cpu"):
 def select(op, device_type, backend=None):
     """The function that runs `op`: of `backend`, else of KDKERNELS_BACKEND, else of the best one
     there is."""
+    return select_loss(op, device_type, backend)[0]
+
+
+def select_loss(op, device_type, backend=None):
+    """(the function that runs `op`, ``scale_grad_`` of the same backend)"""
     if not backend and (named := _environ.get("KDKERNELS_BACKEND")):
         if named not in NAMES:
             raise ValueError(f"{op}: expected KDKERNELS_BACKEND in {list(NAMES)}, got {named!r}")
@@ -67,7 +72,7 @@ def _resolve(op, device_type, backend):
         for name in NAMES:  # no further than the first that will do: the others are not imported
             module = load(name)
             if module and module.supports(op, device_type):
-                return getattr(module, FUNCTIONS[op])
+                return getattr(module, FUNCTIONS[op]), module.scale_grad_
         raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
     if backend not in NAMES:
         raise ValueError(f"{op}: expected `backend` in {list(NAMES)}, got {backend!r}")
@@ -82,4 +87,4 @@ def _resolve(op, device_type, backend):
             f"{op}: expected `backend` to be one of {available(op, device_type)} on device type "
             f"{device_type!r}, got {backend!r}"
         )
-    return getattr(module, FUNCTIONS[op])
+    return getattr(module, FUNCTIONS[op]), module.scale_grad_

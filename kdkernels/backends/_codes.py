@@ -29,7 +29,10 @@ def dtype_code(tensor: Tensor | None) -> int:
 
 def float_dtype(*logits: Tensor) -> torch.dtype:
     """Of the losses, and of the arithmetic."""
-    return torch.float64 if torch.float64 in [x.dtype for x in logits] else torch.float32
+    for x in logits:
+        if x.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def gradient_of(logits: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from kdkernels.backends._codes import (
     gradient_of,
 )
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 
 # The instruction set: the best one that this machine has, or the one asked for (to try another).
 TARGET = os.environ.get("KDKERNELS_TARGET") or _C.best_target
@@ -40,19 +40,18 @@ def supports(op: str, device_type: str) -> bool:
     return op in OPS and device_type == "cpu"
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
-
-
-def _workspace(size: int) -> Tensor:
-    return _empty((size,), torch.uint8)
+def _workspace(logits: Tensor, size: int) -> Tensor:
+    return logits.new_empty(size, dtype=torch.uint8)
 
 
 def _row_layout(tensors: list[Tensor]) -> array:
     """Sizes of the leading dimensions, then their strides in each tensor, merged where possible."""
-    if all(x.is_contiguous() for x in tensors):
-        C = tensors[0].shape[-1]
-        return array("q", [tensors[0].numel() // C] + [C] * len(tensors))
+    for x in tensors:
+        if not x.is_contiguous():
+            break
+    else:
+        C = x.shape[-1]
+        return array("q", [x.numel() // C] + [C] * len(tensors))
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
     for dim in range(tensors[0].dim() - 1):
@@ -108,9 +107,10 @@ def kd_loss_forward(
             teacher_logits if grad_teacher is None else grad_teacher,
         ]
     )
-    loss = _empty(tuple(shape) if reduction == "none" else (), dtype)
+    loss = student_logits.new_empty(shape if reduction == "none" else (), dtype=dtype)
     threads = torch.get_num_threads()
-    workspace = _workspace(_kernels.kd_loss_workspace(rows, C, dtype is torch.float64, threads))
+    size = _kernels.kd_loss_workspace(rows, C, dtype is torch.float64, threads)
+    workspace = _workspace(student_logits, size)
     _kernels.kd_loss_forward(
         rows,
         C,
@@ -179,7 +179,7 @@ def _ctc(
     S = labels.longest
     threads = torch.get_num_threads()
     wide = float_dtype(logits, logits if teacher is None else teacher) is torch.float64
-    workspace = _workspace(_kernels.ctc_loss_workspace(T, N, C, S, wide, threads))
+    workspace = _workspace(logits, _kernels.ctc_loss_workspace(T, N, C, S, wide, threads))
     _kernels.ctc_loss_forward(
         T,
         N,
@@ -219,7 +219,8 @@ def ctc_loss_forward(
     zero_infinity: bool,
     grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    loss = _empty((logits.shape[1],) if reduction == "none" else (), float_dtype(logits))
+    shape = (logits.shape[1],) if reduction == "none" else ()
+    loss = logits.new_empty(shape, dtype=float_dtype(logits))
     gradient = gradient_of(logits) if grad else None
     _ctc(
         logits,
@@ -259,7 +260,7 @@ def ctc_kd_loss_forward(
     T, N, _ = student_logits.shape
     dtype = float_dtype(student_logits, teacher_logits)
     shape = (N,) if reduction == "none" else ()
-    loss, ctc, kd = (_empty(shape, dtype) for _ in range(3))
+    loss, ctc, kd = (student_logits.new_empty(shape, dtype=dtype) for _ in range(3))
     grad_student = gradient_of(student_logits) if student_grad else None
     grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
     if labelled is not None:
@@ -296,7 +297,7 @@ def ctc_kd_loss_forward(
 def ctc_posteriors(
     logits: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
 ) -> Tensor:
-    occupancy = _empty(tuple(logits.shape), float_dtype(logits))
+    occupancy = logits.new_empty(logits.shape, dtype=float_dtype(logits))
     _ctc(
         logits,
         targets,
@@ -317,11 +318,12 @@ def ctc_align(
 ) -> tuple[Tensor, Tensor]:
     T, N, C = logits.shape
     labels = _Labels(targets, input_lengths, target_lengths)
-    paths = _empty((N, T), torch.int64)
-    scores = _empty((N,), float_dtype(logits))
+    paths = logits.new_empty((N, T), dtype=torch.int64)
+    scores = logits.new_empty(N, dtype=float_dtype(logits))
     threads = torch.get_num_threads()
     wide = scores.dtype is torch.float64
-    workspace = _workspace(_kernels.ctc_align_workspace(T, N, C, labels.longest, wide, threads))
+    size = _kernels.ctc_align_workspace(T, N, C, labels.longest, wide, threads)
+    workspace = _workspace(logits, size)
     _kernels.ctc_align(
         T,
         N,

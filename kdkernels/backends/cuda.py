@@ -25,7 +25,7 @@ from kdkernels.backends._codes import (
     gradient_of,
 )
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align", "scale_grad")
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 DEVICE_TYPE = "cuda"
 
 _kernels = getattr(_C, "cuda", None)  # None: built without

@@ -149,11 +149,12 @@ def extent(ranked: list[float]) -> str:
 
 
 def readme_section(results: list[dict]) -> str:
-    """What stands in the README under "Speed and memory"."""
-    parts = []
+    """What stands in the README under "Speed and memory": the first result of a CPU, the first of
+    a GPU. The head has the others' summaries, docs/ the whole."""
+    parts, shown = [], {}
     for result in results:
-        if pages_for_all(result):  # the head has its summary, docs/ the whole
-            continue
+        shown.setdefault(bool(result["machine"].get("gpu")), result)
+    for result in shown.values():
         parts += [
             f"{conditions(result)} From raw logits to gradient (forward and backward), medians.",
             times_table(result),

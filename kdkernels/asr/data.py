@@ -11,9 +11,9 @@ import os
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -229,8 +229,11 @@ def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> D
     return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]), places)
 
 
-def _as_long_as_the_parent() -> None:
-    """Leaves interrupts to the parent; ends with it, however that ended."""
+def _answer(connection, function: Callable, arguments: tuple) -> None:
+    """In the process: runs the function, sends what it raised and where, or (None, "").
+
+    Leaves interrupts to the parent; ends with it, however that ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -239,22 +242,36 @@ def _as_long_as_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    raised = None, ""
+    try:
+        function(*arguments)
+    except Exception as error:
+        raised = error, traceback.format_exc()
+    connection.send(raised)
 
 
 def _in_fresh_process(function: Callable, *arguments) -> None:
     """Run in a process that has never spoken; what it raises is raised here.
 
-    forkserver: the process is forked from one that has imported everything and done nothing.
+    forkserver: the process is forked from one that has imported everything and done nothing. A
+    pool's semaphores would be complained of when the run is killed.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, function, arguments), daemon=True)
+    process.start()
+    there.close()
     try:
-        with ProcessPoolExecutor(1, context, _as_long_as_the_parent) as executor:
-            executor.submit(function, *arguments).result()
-    except BrokenProcessPool as error:
+        error, where = here.recv()
+    except EOFError:
         raise TrainError(
             "a process that computes features was killed (out of memory?); finished parts are "
             "kept: run the same command again, perhaps with --workers 1"
-        ) from error
+        ) from None
+    finally:
+        process.join()
+    if error is not None:
+        raise error from RuntimeError(where)

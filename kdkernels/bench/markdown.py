@@ -320,7 +320,13 @@ def named_table(result: dict, field: str, show) -> str:
 
 
 def peak_memory(result: dict) -> str:
-    return named_table(result, "peak_memory", lambda v: f"{v:.2f} V")
+    shown = named_table(result, "peak_memory", lambda v: f"{v:.2f} V")
+    if not shown:
+        return ""
+    return (
+        "What a step has in use at its peak beyond the inputs: resident pages, as the system "
+        "counts them; of optax what XLA plans, since it keeps its memory between steps.\n\n" + shown
+    )
 
 
 def errors(result: dict) -> str:

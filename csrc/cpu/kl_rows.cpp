@@ -3,13 +3,15 @@
 // not depend on the rows beside it.
 //
 // d = log p - log q. Rows in which every d is within 1/4 of the others are "near": for them q is
-// never formed. With a reference c in the middle of d0 = scaled difference of the logits, the
-// normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss and the gradient
-// keep their relative accuracy down to identical rows, where both are exactly 0. The other rows
-// take two exponentials a class.
+// never formed. With a reference c, that of the class with the largest p, to d0 = scaled difference
+// of the logits, the normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss
+// and the gradient keep their relative accuracy down to identical rows, where both are exactly 0,
+// and in certain rows, where the largest p is near 1 and adds nothing. The other rows take two
+// exponentials a class.
 
 #include "cpu/kl_rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -104,41 +106,53 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
 }
 
 // Rows of which some classes are close all the same, or whose loss or gradient is small against the
-// probabilities: the terms p d + q - p and the differences q - p from d where it is small; d from
-// the logits less their maxima, since then what is rounded is small wherever the probability is
-// not. The exponentials are in `scratch`.
-void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale,
-                const Maxima& largest, const float* scratch) {
+// probabilities: the terms p d + q - p and the differences q - p from d where it is small, and so
+// the change of the normalisers, as of near rows. The exponentials are in `scratch`.
+void close_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
+                KLScales scale, const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int i = 0; i < n; i++) {
     const int row = index[i];
-    const float p_max = largest.p[row], q_max = largest.q[row];
+    const float *const p_logits = rows.p[row], *const q_logits = rows.q[row];
     const float *const p_exps = scratch + 2 * row * C, *const q_exps = p_exps + C;
+    // Between the class of the largest p, where d0 is c, and that of the largest q.
+    const double between =
+        (double(largest.q[row]) - double(largest.p[row]) + double(reference[i])) * scale.p;
+    const float q_scale = float(std::exp(between));  // to exponentials that are p's where d0 is c
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
-    double sum[2] = {-1, -1}, kl = 0;
+    double sum[2] = {-1, -1}, change = 0, kl = 0;
     for (int64_t begin = 0; begin < C; begin += kSumBlock) {
-      VecF32 rest[4] = {};
+      VecF32 rest[5] = {};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
-        const VecF32 p = load_n(p_exps + begin + k, lanes, 0.0f);
-        const VecF32 q = load_n(q_exps + begin + k, lanes, 0.0f);
+        const int64_t c = begin + k;
+        const VecF32 p = load_n(p_exps + c, lanes, 0.0f), q = load_n(q_exps + c, lanes, 0.0f);
         rest[0] = p == 1 ? rest[0] : rest[0] + p;
         rest[1] = q == 1 ? rest[1] : rest[1] + q;
         rest[2] = p == 1 ? rest[2] + 1.0f : rest[2];
         rest[3] = q == 1 ? rest[3] + 1.0f : rest[3];
+        const VecF32 d = near_difference(load_n(p_logits + c, lanes, -kInf),
+                                         load_n(q_logits + c, lanes, -kInf), scale.p, reference[i]);
+        const auto close = abs<float>(d) < 1.0f;
+        rest[4] += close ? p * (expm1_plus<float>(d) - d) : q * q_scale - p;
       });
       for (int j = 0; j < 4; j++) sum[j % 2] += double(reduce_add(rest[j]));
+      change += double(reduce_add(rest[4]));
     }
     const float p_factor = float(1 / (1 + sum[0])), q_factor = float(1 / (1 + sum[1]));
+    change /= 1 + sum[0];
     log2_1p(sum, 2);
-    const float shift = float((sum[1] - sum[0]) * kLn2);
+    // The change is a sum of terms of either sign: near -1 there is nothing left of it.
+    const float shift =
+        float(change > -0.5 ? std::log1p(change) : (sum[1] - sum[0]) * kLn2 + between);
     for (int64_t begin = 0; begin < C; begin += kSumBlock) {
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 p = load_n(rows.p[row] + c, lanes, -kInf) - p_max;
-        const VecF32 q = load_n(rows.q[row] + c, lanes, -kInf) - q_max;
-        const VecF32 d = (p - q) * scale.p + shift;
+        const VecF32 d =
+            near_difference(load_n(p_logits + c, lanes, -kInf), load_n(q_logits + c, lanes, -kInf),
+                            scale.p, reference[i]) +
+            shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
         const auto close = abs<float>(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
@@ -249,7 +263,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
 // A row that is not far: near, close, or without a divergence.
 struct Way {
   bool valid, near;
-  float reference;  // c of a near row
+  float reference;  // c
 };
 
 Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale, float p_max,
@@ -266,7 +280,8 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale,
   });
   const float low = -reduce_max(-d_low), spread = reduce_max(d_high) - low;
   const bool valid = !any(nan) && std::fabs(p_max) < kInf && std::fabs(q_max) < kInf;
-  return {valid, spread * scale <= 0.25f, low + spread / 2};
+  const int64_t top = valid ? std::find(p_logits, p_logits + C, p_max) - p_logits : 0;
+  return {valid, spread * scale <= 0.25f, p_logits[top] - q_logits[top]};
 }
 
 template <bool kSameTemperature, int kVectors>
@@ -277,7 +292,7 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
   bool is_far[kMaxRows];
   far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
-  float reference[kMaxRows];
+  float near_reference[kMaxRows], close_reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
     if (only_far || (left[r].grad_p && !rows.grad_q[r])) {
@@ -290,14 +305,16 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
       rows.value[r] = kNan;
       if (float* const grad = rows.grad_q[r]) std::fill(grad, grad + C, kNan);
     } else if (way.near) {
-      reference[near_count] = way.reference;
+      near_reference[near_count] = way.reference;
       near[near_count++] = r;
     } else {
+      close_reference[close_count] = way.reference;
       close[close_count++] = r;
     }
   }
-  if (near_count) near_rows(rows, near, reference, near_count, C, scale, largest, scratch);
-  if (close_count) close_rows(rows, close, close_count, C, scale, largest, scratch);
+  if (near_count) near_rows(rows, near, near_reference, near_count, C, scale, largest, scratch);
+  if (close_count)
+    close_rows(rows, close, close_reference, close_count, C, scale, largest, scratch);
 }
 
 }  // namespace

@@ -172,6 +172,26 @@ def test_each_row_from_near_to_far(on, divergence, teacher_temperature, C):
     check_each_row(on, s, t, divergence, **options)
 
 
+@pytest.mark.parametrize("noise", [2e-3, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("C", [2, 17, 90])
+def test_each_row_that_is_near_and_certain(on, noise, C):
+    """The more certain, the smaller is the gradient; it keeps its digits."""
+    if on.backend in ("triton", "cuda_emulated", "cuda") and noise > 0.02:
+        pytest.skip("close rows, not near ones: to 5e-5 of their largest element")
+    t, certainty = randn(34, C, seed=36), torch.linspace(0, 11, 34)
+    t[:, 0] += certainty
+    s, t = (t + randn(34, C, seed=37, scale=noise)).float(), t.float()
+    log_s, log_t = (v.double().log_softmax(-1) for v in (s, t))
+    d = log_t - log_s  # float64 sums p d to 1e-16, which is more than these losses
+    expected = (log_t.exp() * (torch.expm1(-d) + d)).sum(-1)
+    x = on.leaf(s)
+    loss = on.kd_loss(x, t.to(on.device), reduction="none")
+    loss.sum().backward()
+    assert_loss(loss, expected, torch.float32, kd=True)
+    for row, expected_row in zip(x.grad, log_t.exp() * torch.expm1(-d), strict=True):
+        assert_kd_grad(row, expected_row, torch.float32)
+
+
 @pytest.mark.parametrize("step", [1 / 70, 1 / 64, 1 / 58, 0.2, 3.0])
 @pytest.mark.parametrize("beta", [1e-4, 0.1, 0.5, 0.97])
 def test_any_mixture(on, step, beta):

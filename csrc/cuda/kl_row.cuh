@@ -23,7 +23,8 @@ struct KLScale {
 
 struct KLStatistics {
   float p_max, q_max;  // largest logits
-  float d_max, d_min;  // of p - q, over the classes that are not masked in both
+  float d_range;       // of p - q, over the classes that are not masked in both
+  float d_top;         // p - q of the class with the largest p
   bool nan;
   double p_sum, q_sum, p_d;  // of exp(p), exp(q), exp(p) d0, from the maxima
 };
@@ -67,6 +68,10 @@ class RowOnChip {
       most[4] = p == p && q == q ? most[4] : 1.0f;
     }
     group_.template reduce<Max>(most);
+    float top = -kInfinity;
+#pragma unroll
+    for (int i = 0; i < K; i++) top = p_[i] == most[0] ? fmaxf(top, -(q_[i] - p_[i])) : top;
+    top = group_.template reduce<Max>(top);
     float p_sum = 0, q_sum = 0, p_d = 0;
 #pragma unroll
     for (int i = 0; i < K; i++) {
@@ -79,7 +84,7 @@ class RowOnChip {
     }
     double sums[3] = {double(p_sum), double(q_sum), double(p_d)};
     group_.template reduce<Sum>(sums);
-    return {most[0], most[1], most[2], -most[3], most[4] != 0, sums[0], sums[1], sums[2]};
+    return {most[0], most[1], most[2] + most[3], top, most[4] != 0, sums[0], sums[1], sums[2]};
   }
 
   // f(p, q, exp p, exp q) of every class, into `out` unless that is null. Classes past the end are
@@ -123,7 +128,7 @@ class RowInMemory {
         aligned_(is_aligned(teacher) && is_aligned(student)) {}
 
   KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
-    float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
+    float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0}, top = -kInfinity;
     double p_sum = 0, q_sum = 0, p_d = 0;
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
       float p[kPart], q[kPart], p_max = most[0], q_max = most[1];
@@ -132,6 +137,7 @@ class RowInMemory {
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         const float d = p[j] - q[j];
+        top = p[j] > p_max ? d : top;
         p_max = fmaxf(p_max, p[j]);
         q_max = fmaxf(q_max, q[j]);
         most[2] = fmaxf(most[2], d);
@@ -159,7 +165,8 @@ class RowInMemory {
     rescale(scale, own, most[0], most[1], p_sum, q_sum, p_d);
     double sums[3] = {p_sum, q_sum, p_d};
     group_.template reduce<Sum>(sums);
-    return {most[0], most[1], most[2], -most[3], most[4] != 0, sums[0], sums[1], sums[2]};
+    top = group_.template reduce<Max>(own[0] == most[0] ? top : -kInfinity);
+    return {most[0], most[1], most[2] + most[3], top, most[4] != 0, sums[0], sums[1], sums[2]};
   }
 
   template <bool kExpP, bool kExpQ, class F>
@@ -208,7 +215,7 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
                                const T* teacher, const T* student, T* grad, const Extra& extra) {
   const KLStatistics s = row.statistics(scale);
   const bool valid = !s.nan && fabsf(s.p_max) < kInfinity && fabsf(s.q_max) < kInfinity;
-  const bool near = valid && (s.d_max - s.d_min) * scale.factor <= 0.25f;
+  const bool near = valid && s.d_range * scale.factor <= 0.25f;
   const bool far = valid && !near;
 
   // A gradient as it is written.
@@ -255,7 +262,8 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
   }
 
   // The normalisers of the ways that need more, all made together: one of them is used.
-  const float reference = near ? s.d_min + (s.d_max - s.d_min) / 2 : 0.0f;  // or close to it
+  // In a row whose largest p is near 1 that class adds nothing to the change of the normalisers.
+  const float reference = near ? s.d_top : 0.0f;
   double sums[5] = {0, 0, 0, 0, 0};
   if (near) {
     float change = 0;

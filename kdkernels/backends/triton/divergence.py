@@ -44,10 +44,11 @@ def load_tile(rows, columns, used, C, FLOAT: tl.constexpr):
 # ------------------------------------------------------------------------------ forward KL, float32
 #
 # d = log p - log q, p of the teacher. Rows in which every d is within 1/4 of the others are near:
-# with a reference in the middle of d0, the scaled difference of the logits, the normalisers differ
-# by a factor 1 + sum p expm1(-(d0 - reference)), so that d, the loss and the gradient keep their
-# relative accuracy down to identical rows, where both are exactly 0. Elsewhere d comes from the
-# logits less their maxima, and q - p is taken from d where d is small.
+# with a reference to d0, the scaled difference of the logits, that of the class with the largest p,
+# the normalisers differ by a factor 1 + sum p expm1(-(d0 - reference)), so that d, the loss and the
+# gradient keep their relative accuracy down to identical rows, where both are exactly 0, and in
+# rows whose largest p is near 1, where that class adds nothing. Elsewhere d comes from the logits
+# less their maxima, and q - p is taken from d where d is small.
 
 
 @triton.jit
@@ -86,15 +87,16 @@ def log1p_float32(z):
 def kl_begin(ROWS: tl.constexpr):
     t_max, t_rest = softmax_begin(ROWS, tl.float32)
     s_max, s_rest = softmax_begin(ROWS, tl.float32)
-    return t_max, t_rest, s_max, s_rest, t_max, -t_max
+    return t_max, t_rest, s_max, s_rest, t_max, -t_max, t_max
 
 
 @triton.jit
 def kl_range(teacher, student):
-    """Largest and smallest difference of each row."""
+    """Largest and smallest difference of each row, and that of the teacher's largest class."""
     d = teacher - student
     masked = (teacher == -INF) & (student == -INF)
-    return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d))
+    top = row_max(tl.where(teacher == row_max(teacher), d, -INF))
+    return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d)), top
 
 
 @triton.jit
@@ -102,17 +104,18 @@ def kl_tile(teacher, student, scale):
     """State of a row that is one tile, and the exponentials."""
     t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
     s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
-    d_max, d_min = kl_range(teacher, student)
-    return (t_max, t_rest, s_max, s_rest, d_max, d_min), t_exp, s_exp
+    d_max, d_min, d_top = kl_range(teacher, student)
+    return (t_max, t_rest, s_max, s_rest, d_max, d_min, d_top), t_exp, s_exp
 
 
 @triton.jit
 def kl_join(state, teacher, student, scale):
-    t_max, t_rest, s_max, s_rest, d_max, d_min = state
-    t_max, t_rest = softmax_join(t_max, t_rest, teacher, scale, tl.float32)
+    t_before, t_rest, s_max, s_rest, d_max, d_min, d_top = state
+    t_max, t_rest = softmax_join(t_before, t_rest, teacher, scale, tl.float32)
     s_max, s_rest = softmax_join(s_max, s_rest, student, scale, tl.float32)
-    high, low = kl_range(teacher, student)
-    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low)
+    high, low, top = kl_range(teacher, student)
+    d_top = tl.where(t_max > t_before, top, d_top)
+    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low), d_top
 
 
 @triton.jit
@@ -135,8 +138,7 @@ def near_difference(reference, teacher, student, scale):
 
 @triton.jit
 def near_reference(state):
-    """The middle of the differences; any number close to it will do."""
-    return state[5] + (state[4] - state[5]) * 0.5
+    return state[6]
 
 
 @triton.jit
@@ -149,7 +151,7 @@ def kl_change(state, t_exp, teacher, student, scale):
 @triton.jit
 def kl_end(state, change, scale):
     """What the gradient needs to know of a row."""
-    t_max, t_rest, s_max, s_rest, _, _ = state
+    t_max, t_rest, s_max, s_rest, _, _, _ = state
     t_rest = softmax_end(t_max, t_rest)
     s_rest = softmax_end(s_max, s_rest)
     near = kl_near(state, scale)

@@ -1,7 +1,19 @@
 """Options of the pytest-benchmark files."""
 
+import os
+
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    from kdkernels import available
+
+    if "cpp" not in available("kd_loss") and not os.environ.get("KDKERNELS_BACKEND"):
+        raise pytest.UsageError(
+            "the compiled extension is not here, plain torch would be measured as this package: "
+            "pip install -e . or set KDKERNELS_BACKEND=reference"
+        )
 
 
 def pytest_addoption(parser):

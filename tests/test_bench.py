@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels.bench import instructions, markdown, peers, reasons
+from kdkernels.bench import instructions, markdown, peers
 from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import Contender, contenders, make_inputs
@@ -44,13 +44,13 @@ def test_docs_agree_with_the_results(results):
 
 
 def test_a_row_where_another_is_faster_says_why(results):
-    for op, shape, name, _ in (x for result in results for x in markdown.beaten(result)):
-        assert (op, shape) in reasons.SLOWER_BECAUSE, f"{name} is faster at {op} {shape}: say why"
+    for result in results:
+        assert markdown.UNSAID not in markdown.not_the_fastest(result)
 
 
 def test_a_floor_that_is_missed_has_a_reason(results):
     for result in results:
-        assert "Nobody has said why" not in markdown.floors(result)
+        assert markdown.UNSAID not in markdown.floors(result)
 
 
 def test_a_ratio_lies_within_its_quartiles(results):
@@ -63,8 +63,8 @@ def test_another_that_is_faster_is_named():
     row = {"op": "kd_loss", "shape": "(1, 2)"}
     ratios = {"eager": 0.5, "separate": 4.0, "compile": 2.0, "copy": 9.0}
     row["ratios"] = {n: {"value": r} for n, r in ratios.items()}
-    text = markdown.not_the_fastest({"rows": [row]})
-    assert "eager torch is 2.00 times as fast. Nobody has said why." in text
+    text = markdown.not_the_fastest({"machine": {"cpu": "any"}, "rows": [row]})
+    assert f"eager torch is 2.00 times as fast. {markdown.UNSAID}" in text
     assert "ctc_loss + kd_loss is 4.00 times as fast" in text
     assert len(text.splitlines()) == 2
 

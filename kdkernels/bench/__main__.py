@@ -78,6 +78,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of the report (default: kdkernels-bench, or kdkernels-bench/tiny)",
     )
     args = p.parse_args(arguments)
+    if args.out and (args.op or args.shape):
+        p.error("--out is of the report on all rows, without --op and --shape; --json takes some")
     if args.out is None:
         args.out = Path("kdkernels-bench/tiny" if args.tiny else "kdkernels-bench")
     if not select(args.op, args.tiny, args.shape):
@@ -125,7 +127,18 @@ def main() -> int:
     named = args.backend or os.environ.get("KDKERNELS_BACKEND")
     if "reference" in result["backend"] and not named:
         print("WARNING: the compiled extension is not here: plain torch is measured as ours.")
-    result["rows"] = measure_rows(args)
+    result["rows"] = []
+    try:
+        for row in measure_rows(args):
+            result["rows"].append(row)
+            print(markdown.row_text(row), flush=True)
+    except KeyboardInterrupt:
+        done = f"{len(result['rows'])} rows are done"
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            done += f", and in {args.json}"
+        print(f"stopped: {done}", file=sys.stderr)
+        return 130
     if args.whole:
         print("\naccuracy, scaling, training step ...", flush=True)
         result["accuracy"] = accuracy(args)
@@ -144,4 +157,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # who reads the rows has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from .reasons import MISSED_BECAUSE, SLOWER_BECAUSE
+from .reasons import missed_because, slower_because
 from .shapes import COPIES
 
 # Logit tensors that a step must read or write, and what they are.
@@ -32,8 +32,11 @@ OF_THEIRS = ("separate", "copy")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # huge pages for torch's and everybody's tensors
 LEGEND = (
     "Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the others. V is the size of one "
-    "logit tensor; peak memory counts the gradient, which is 1 V, and not the inputs."
+    "logit tensor; peak memory counts the gradient, which is 1 V, and not the inputs; it is of "
+    "resident pages of 4 KB, what the allocator wastes among them, which is more the more tensors "
+    "there are."
 )
+UNSAID = "Nobody has said why, on this machine."
 NO_GPU = "Not measured: a GPU. There is no number of one in these tables."
 
 
@@ -181,7 +184,8 @@ def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
         "sits rounds out, but runs in five at the least. So it need not be the quotient of the two "
         "medians. On Linux this package asks for huge pages for its outputs; the others, copies "
         "too, have the pages that their allocator takes, 4 KB ones unless it is told otherwise "
-        f"(`GLIBC_TUNABLES={HUGE_PAGES}`). " + LEGEND,
+        f"(`GLIBC_TUNABLES={HUGE_PAGES}`). Logits of student and teacher are independent normal "
+        "numbers: no row is near convergence, where `kd_loss` takes longer. " + LEGEND,
     ]
     for result in results:
         where = result["machine"].get("gpu") or result["machine"]["cpu"]
@@ -245,15 +249,17 @@ def beaten(result: dict) -> list[tuple[str, str, str, float]]:
 
 
 def not_the_fastest(result: dict) -> str:
+    cpu = result["machine"]["cpu"]
     lines = [
         f"- `{op}` {shape}: {NAMES[name]} is {speed:.2f} times as fast. "
-        + SLOWER_BECAUSE.get((op, shape), "Nobody has said why.")
+        + (slower_because(cpu, op, shape) or UNSAID)
         for op, shape, name, speed in beaten(result)
     ]
     return "\n".join(lines) or "Nowhere: at every row this package has the least median."
 
 
 def floors(result: dict) -> str:
+    cpu = result["machine"]["cpu"]
     every = [
         (row, name, floor)
         for row in result["rows"]
@@ -263,7 +269,7 @@ def floors(result: dict) -> str:
         f"- `{row['op']}` {row['shape']}: {row['ratios'][name]['value']:.3g} "
         f"{'times the time of' if of_theirs(name) else 'times as fast as'} {NAMES[name]}, "
         f"at {'most' if of_theirs(name) else 'least'} {floor['floor']:g} wanted. "
-        + MISSED_BECAUSE.get((row["op"], row["shape"], name), "Nobody has said why.")
+        + (missed_because(cpu, row["op"], row["shape"], name) or UNSAID)
         for row, name, floor in every
         if not floor["met"]
     ]
@@ -457,6 +463,12 @@ def row_text(row: dict) -> str:
     lines += [f"  {name} failed: {why}" for name, why in row.get("failed", {}).items()]
     if "loop" in row:
         lines.append("  in a loop: " + "  ".join(f"{n} {time(t)}" for n, t in row["loop"].items()))
+    if "peak_memory" in row:
+        peaks = (f"{n} {v:.2f} V" for n, v in row["peak_memory"].items())
+        lines.append("  peak memory: " + "  ".join(peaks))
+    if "one_thread" in row:
+        alone = (f"{n} {time(t['median'])}" for n, t in row["one_thread"].items())
+        lines.append("  on one thread: " + "  ".join(alone))
     for name, e in row.get("errors", {}).items():
         said = ", ".join(f"{k} {v:.1e}" for k, v in e.items() if k != "differs")
         lines.append(f"  {name}: {said}" + ("   DIFFERS from float64" if e["differs"] else ""))

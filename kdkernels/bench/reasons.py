@@ -1,10 +1,19 @@
-"""Why a row is as it is, on the machine of the committed results: a test wants these reasons."""
+"""Why a row is as it is, on the machines of the committed results alone: a test wants these
+reasons, and no other machine is told them."""
 
-# Why another contender is faster at a row: (op, shape) -> the reason. The report names every such
-# row.
-SLOWER_BECAUSE: dict[tuple[str, str], str] = {}
-# Why a floor is missed: (op, shape, contender) -> the reason.
-MISSED_BECAUSE: dict[tuple[str, str, str], str] = {
+
+def slower_because(cpu: str, op: str, shape: str) -> str | None:
+    """Why another contender is faster at a row."""
+    return SLOWER_BECAUSE.get(cpu, {}).get((op, shape))
+
+
+def missed_because(cpu: str, op: str, shape: str, contender: str) -> str | None:
+    """Why a floor is missed."""
+    return MISSED_BECAUSE.get(cpu, {}).get((op, shape, contender))
+
+
+SLOWER_BECAUSE: dict[str, dict[tuple[str, str], str]] = {}
+ON_EPYC: dict[tuple[str, str, str], str] = {
     ("kd_loss", "(6400, 32)", "eager"): "A call costs 0.04 ms at the smallest size (see Cost of "
     "a call), half of an eighth of eager's time.",
     ("kd_loss", "(6400, 32)", "copy"): "The copy of 1 MB takes less than a call costs.",
@@ -25,3 +34,5 @@ MISSED_BECAUSE: dict[tuple[str, str, str], str] = {
     ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): "It takes three times a copy of 3 V; up to a "
     "tenth is missing, about what eager's time differs by.",
 }
+ON_XEON: dict[tuple[str, str, str], str] = {}
+MISSED_BECAUSE = {"AMD EPYC": ON_EPYC, "Intel(R) Xeon(R) Processor": ON_XEON}

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from . import markdown, plots
+from . import markdown
 from .shapes import SHAPES
 
 README = {"figures": markdown.headline, "speed": markdown.readme_section}
@@ -36,6 +36,8 @@ def checked(result) -> dict:
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError("it has no rows")
     every = {(s.op, s.label) for s in SHAPES}
+    if not all(isinstance(row, dict) and {"op", "shape"} <= row.keys() for row in result["rows"]):
+        raise ValueError("its rows have no op and shape")
     if missing := every - {(row["op"], row["shape"]) for row in result["rows"]}:
         raise ValueError(f"{len(missing)} of the {len(every)} rows are not in it")
     return result
@@ -48,6 +50,12 @@ def main():
     p.add_argument("json", type=Path, nargs="+")
     p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/")
     args = p.parse_args()
+    try:
+        import matplotlib  # noqa: F401
+
+        from . import plots
+    except ModuleNotFoundError as error:
+        p.error(f'{error.name} is missing: pip install "kdkernels[bench]"')
     results = []
     for path in args.json:
         try:

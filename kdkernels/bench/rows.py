@@ -1,6 +1,7 @@
 """What is measured of every row of the table of shapes."""
 
 import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -13,10 +14,10 @@ from .timing import MIN_ROUNDS, Copies, interleave, medians, ratio, spread
 LOOP_ELEMENTS = 2**23  # logits of more would hide the loss behind the layer
 
 
-def measure_rows(args) -> list[dict]:
+def measure_rows(args) -> Iterator[dict]:
     """The machine's copy bandwidth is measured before and after each row: it changes by the
     minute where others use the machine too."""
-    rows, copies = [], Copies()
+    copies = Copies()
     before = copies.bandwidth()
     for shape in select(args.op, args.tiny, args.shape):
         row = measure_row(shape, args)
@@ -26,9 +27,7 @@ def measure_rows(args) -> list[dict]:
             row["gigabytes_per_second"] * 1e9 / row["copy_bytes_per_second"]
         )
         before = after
-        print(markdown.row_text(row), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def measure_row(shape: Shape, args) -> dict:

@@ -98,7 +98,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.backend not in (None, *here):
         p.error(f"--backend must be one of {', '.join(here)}, got {args.backend}")
     if args.huge_pages and markdown.HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
-        os.environ["GLIBC_TUNABLES"] = markdown.HUGE_PAGES  # read when a process starts
+        others = os.environ.get("GLIBC_TUNABLES")
+        tunables = [*([others] if others else []), markdown.HUGE_PAGES]
+        os.environ["GLIBC_TUNABLES"] = ":".join(tunables)  # read when a process starts
         os.execv(sys.executable, [sys.executable, "-m", "kdkernels.bench", *sys.argv[1:]])
     args.whole = not (args.op or args.shape)
     args.complete = args.all or args.whole

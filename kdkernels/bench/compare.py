@@ -185,13 +185,15 @@ def parse() -> argparse.Namespace:
         prog="python -m kdkernels.bench.compare", description=__doc__.splitlines()[0]
     )
     p.add_argument("commits", nargs="*", metavar="OLD NEW", help="two commits")
-    p.add_argument("--op", choices=OPS)
+    p.add_argument("--op", choices=OPS, help="the rows of one operator")
     p.add_argument("--shape", default="", help="only rows whose sizes contain this")
-    p.add_argument("--rounds", type=int, default=25)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--rounds", type=int, default=25, help="turns of each commit [25]")
+    p.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of each commit [the cores]"
+    )
     p.add_argument("--instructions", action="store_true", help="count them, by callgrind")
     p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
-    p.add_argument("--json", type=Path)
+    p.add_argument("--json", type=Path, help="write the results here too")
     p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
     p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -208,6 +210,8 @@ def parse() -> argparse.Namespace:
             p.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.json and not args.json.parent.is_dir():
         p.error(f"--json: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        p.error(f"--json: expected a file, got the folder {args.json}")
     for commit in args.commits:  # both, before either is built
         if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").returncode:
             p.error(f"expected a commit of the repository of {HERE}, got {commit!r}")

@@ -88,7 +88,8 @@ def copy_speeds(result: dict) -> list[float]:
 
 def pages_for_all(result: dict) -> bool:
     """Whether the allocator gives every contender huge pages, as this package gives itself."""
-    return HUGE_PAGES in result.get("allocator", "")
+    system_has = result["machine"].get("huge_pages") != "never"
+    return system_has and HUGE_PAGES in result.get("allocator", "")
 
 
 def times_table(result: dict) -> str:
@@ -208,6 +209,8 @@ def peers_list(result: dict) -> str:
     lines = []
     for name, peer in result.get("peers", {}).items():
         said = [peer["version"] or "no row"] + ([peer["why_not"]] if peer["why_not"] else [])
+        if name == "optax" and peer["version"]:
+            said.append("XLA has a thread for every core, whatever the number of torch's")
         lines.append(f"- {name}: {'; '.join(said)}")
     lines += [
         f"- {name} failed at `{row['op']}` {row['shape']}: {why}"
@@ -305,7 +308,7 @@ def traffic(result: dict) -> str:
         "one`: eager torch's time over ours, both on one thread (plain torch's for `ctc_align`), "
         "over five rounds. The contender `copy` clones into fresh memory "
         + ", ".join(f"{n:g} V for `{op}`" for op, n in COPIES.items())
-        + ".\n\n"
+        + ", each read once and written once.\n\n"
         + table(head, rows)
     )
 

@@ -47,7 +47,7 @@ def main():
     p = argparse.ArgumentParser(
         prog="python -m kdkernels.bench.report", description=__doc__.splitlines()[0]
     )
-    p.add_argument("json", type=Path, nargs="+")
+    p.add_argument("json", type=Path, nargs="+", help="what `kdkernels.bench --json` wrote")
     p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/")
     args = p.parse_args()
     try:

@@ -176,8 +176,6 @@ def test_each_row_from_near_to_far(on, divergence, teacher_temperature, C):
 @pytest.mark.parametrize("C", [2, 17, 90])
 def test_each_row_that_is_near_and_certain(on, noise, C):
     """The more certain, the smaller is the gradient; it keeps its digits."""
-    if on.backend in ("triton", "cuda_emulated", "cuda") and noise > 0.02:
-        pytest.skip("close rows, not near ones: to 5e-5 of their largest element")
     t, certainty = randn(34, C, seed=36), torch.linspace(0, 11, 34)
     t[:, 0] += certainty
     s, t = (t + randn(34, C, seed=37, scale=noise)).float(), t.float()
@@ -188,8 +186,12 @@ def test_each_row_that_is_near_and_certain(on, noise, C):
     loss = on.kd_loss(x, t.to(on.device), reduction="none")
     loss.sum().backward()
     assert_loss(loss, expected, torch.float32, kd=True)
+    on_gpu = on.backend in ("triton", "cuda_emulated", "cuda")
     for row, expected_row in zip(x.grad, log_t.exp() * torch.expm1(-d), strict=True):
-        assert_kd_grad(row, expected_row, torch.float32)
+        largest = expected_row.abs().max().item()
+        if on_gpu and noise > 0.02:  # close rows, not near ones
+            largest *= 25
+        assert_kd_grad(row, expected_row, torch.float32, largest=largest)
 
 
 @pytest.mark.parametrize("step", [1 / 70, 1 / 64, 1 / 58, 0.2, 3.0])

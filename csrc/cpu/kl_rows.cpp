@@ -52,7 +52,7 @@ KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, float r
   return d == d ? d : VecF32{};
 }
 
-// Rows number `index[0..n)` of the block, all of them near; `reference`: c of each.
+// Rows number `index[0..n)` of the block, all of them near; `reference`: c of each of the block.
 void near_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
                KLScales scale, const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -67,7 +67,7 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
-        const VecF32 d = near_difference(p, q, scale.p, reference[i]);
+        const VecF32 d = near_difference(p, q, scale.p, reference[index[i]]);
         const VecF32 e = exp<float>(p - p_max, scale.p);
         row_sum += e;
         row_change += e * (expm1_plus<float>(d) - d);
@@ -92,7 +92,7 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
-        const VecF32 d = near_difference(p, q, scale.p, reference[i]) + row_shift;
+        const VecF32 d = near_difference(p, q, scale.p, reference[r]) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
         if (rows.grad_q[r])
@@ -115,9 +115,13 @@ void close_rows(KLRows& rows, const int* index, const float* reference, int n, i
     const int row = index[i];
     const float *const p_logits = rows.p[row], *const q_logits = rows.q[row];
     const float *const p_exps = scratch + 2 * row * C, *const q_exps = p_exps + C;
+    const auto d0_less_c = [&](int64_t c, int lanes) {
+      return near_difference(load_n(p_logits + c, lanes, -kInf), load_n(q_logits + c, lanes, -kInf),
+                             scale.p, reference[row]);
+    };
     // Between the class of the largest p, where d0 is c, and that of the largest q.
     const double between =
-        (double(largest.q[row]) - double(largest.p[row]) + double(reference[i])) * scale.p;
+        (double(largest.q[row]) - double(largest.p[row]) + double(reference[row])) * scale.p;
     const float q_scale = float(std::exp(between));  // to exponentials that are p's where d0 is c
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
@@ -131,8 +135,7 @@ void close_rows(KLRows& rows, const int* index, const float* reference, int n, i
         rest[1] = q == 1 ? rest[1] : rest[1] + q;
         rest[2] = p == 1 ? rest[2] + 1.0f : rest[2];
         rest[3] = q == 1 ? rest[3] + 1.0f : rest[3];
-        const VecF32 d = near_difference(load_n(p_logits + c, lanes, -kInf),
-                                         load_n(q_logits + c, lanes, -kInf), scale.p, reference[i]);
+        const VecF32 d = d0_less_c(c, lanes);
         const auto close = abs<float>(d) < 1.0f;
         rest[4] += close ? p * (expm1_plus<float>(d) - d) : q * q_scale - p;
       });
@@ -149,10 +152,7 @@ void close_rows(KLRows& rows, const int* index, const float* reference, int n, i
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
-        const VecF32 d =
-            near_difference(load_n(p_logits + c, lanes, -kInf), load_n(q_logits + c, lanes, -kInf),
-                            scale.p, reference[i]) +
-            shift;
+        const VecF32 d = d0_less_c(c, lanes) + shift;
         const VecF32 prob = load_n(p_exps + c, lanes, 0.0f) * p_factor;
         const VecF32 plus = expm1_plus<float>(d);
         const auto close = abs<float>(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
@@ -292,7 +292,7 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
   bool is_far[kMaxRows];
   far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
-  float near_reference[kMaxRows], close_reference[kMaxRows];
+  float reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
     if (only_far || (left[r].grad_p && !rows.grad_q[r])) {
@@ -301,20 +301,18 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
       continue;
     }
     const Way way = way_of(rows.p[r], rows.q[r], C, scale.p, largest.p[r], largest.q[r]);
+    reference[r] = way.reference;
     if (!way.valid) {
       rows.value[r] = kNan;
       if (float* const grad = rows.grad_q[r]) std::fill(grad, grad + C, kNan);
     } else if (way.near) {
-      near_reference[near_count] = way.reference;
       near[near_count++] = r;
     } else {
-      close_reference[close_count] = way.reference;
       close[close_count++] = r;
     }
   }
-  if (near_count) near_rows(rows, near, near_reference, near_count, C, scale, largest, scratch);
-  if (close_count)
-    close_rows(rows, close, close_reference, close_count, C, scale, largest, scratch);
+  if (near_count) near_rows(rows, near, reference, near_count, C, scale, largest, scratch);
+  if (close_count) close_rows(rows, close, reference, close_count, C, scale, largest, scratch);
 }
 
 }  // namespace

@@ -245,7 +245,7 @@ def _answer(connection, function: Callable, arguments: tuple) -> None:
     raised = None, ""
     try:
         function(*arguments)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the parent raises it again
         raised = error, traceback.format_exc()
     connection.send(raised)
 

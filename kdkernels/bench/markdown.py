@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from .peers import PEERS
 from .reasons import missed_because, slower_because
 from .shapes import COPIES
 
@@ -208,9 +209,8 @@ def has_gpu(results: list[dict]) -> bool:
 def peers_list(result: dict) -> str:
     lines = []
     for name, peer in result.get("peers", {}).items():
-        said = [peer["version"] or "no row"] + ([peer["why_not"]] if peer["why_not"] else [])
-        if name == "optax" and peer["version"]:
-            said.append("XLA has a thread for every core, whatever the number of torch's")
+        said = [peer["version"], PEERS[name].compared] if peer["version"] else ["no row"]
+        said += [peer["why_not"]] if peer["why_not"] else []
         lines.append(f"- {name}: {'; '.join(said)}")
     lines += [
         f"- {name} failed at `{row['op']}` {row['shape']}: {why}"

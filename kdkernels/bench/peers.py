@@ -29,7 +29,8 @@ PEERS = {
         "trl", "trl.experimental.gkd.gkd_trainer", "any",
         "GKDTrainer.generalized_jsd_loss, on raw logits",
     ),
-    "optax": Peer("optax", "optax", "cpu", "ctc_loss under jit, value and gradient"),
+    "optax": Peer("optax", "optax", "cpu", "ctc_loss under jit, value and gradient; XLA "
+        "has a thread for every core, whatever the number of torch's"),
     "liger": Peer(
         "liger-kernel", "liger_kernel.transformers.functional", "cuda",
         "KL and JSD on log-probabilities, with the log_softmax they need",

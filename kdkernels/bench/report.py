@@ -4,13 +4,14 @@ python -m kdkernels.bench.report benchmarks/results/*.json [--root .]
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from . import markdown
+from . import markdown, plots
 from .shapes import SHAPES
 
 README = {"figures": markdown.headline, "speed": markdown.readme_section}
@@ -50,12 +51,8 @@ def main():
     p.add_argument("json", type=Path, nargs="+", help="what `kdkernels.bench --json` wrote")
     p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/")
     args = p.parse_args()
-    try:
-        import matplotlib  # noqa: F401
-
-        from . import plots
-    except ModuleNotFoundError as error:
-        p.error(f'{error.name} is missing: pip install "kdkernels[bench]"')
+    if importlib.util.find_spec("matplotlib") is None:
+        p.error('matplotlib is missing: pip install "kdkernels[bench]"')
     results = []
     for path in args.json:
         try:

@@ -138,6 +138,7 @@ def near_difference(reference, teacher, student, scale):
 
 @triton.jit
 def near_reference(state):
+    """The difference of the teacher's largest class."""
     return state[6]
 
 

@@ -5,6 +5,6 @@ import pytest
 OP = "ctc_kd_loss"
 
 
-@pytest.mark.parametrize("name", ["ours", "eager", "separate", "copy"])
+@pytest.mark.parametrize("name", ["ours", "new", "eager", "separate", "copy"])
 def bench_ctc_kd_loss(run, name):
     run(name)

@@ -5,6 +5,6 @@ import pytest
 OP = "ctc_loss"
 
 
-@pytest.mark.parametrize("name", ["ours", "eager", "optax", "k2", "copy"])
+@pytest.mark.parametrize("name", ["ours", "new", "eager", "optax", "k2", "copy"])
 def bench_ctc_loss(run, name):
     run(name)

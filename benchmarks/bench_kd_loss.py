@@ -7,6 +7,6 @@ OP = "kd_loss"
 COMPILE = pytest.param("compile", marks=pytest.mark.filterwarnings("ignore::DeprecationWarning"))
 
 
-@pytest.mark.parametrize("name", ["ours", "eager", COMPILE, "trl", "liger", "fla", "copy"])
+@pytest.mark.parametrize("name", ["ours", "new", "eager", COMPILE, "trl", "liger", "fla", "copy"])
 def bench_kd_loss(run, name):
     run(name)

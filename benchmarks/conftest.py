@@ -46,6 +46,8 @@ def run(benchmark, shape):
     def run(name):
         rivals = contenders(shape, make_inputs(shape), only=(name,))
         if name not in rivals:
+            if name == "new":
+                pytest.skip("of so small a gradient no memory is kept")
             pytest.skip(f"{name} does not run here: {peers.status()[name]['why_not']}")
         step = rivals[name].step
         benchmark.group = f"{shape.op} {shape.label}"

@@ -3,7 +3,8 @@ gradient.
 
 Operators: kd_loss, ctc_loss, ctc_kd_loss, ctc_posteriors, ctc_align; modules: KDLoss, CTCLoss,
 CTCKDLoss; drop-in: patch. ``available(op, device_type)`` lists the backends of this machine, best
-first; KDKERNELS_BACKEND names the one to use where a call does not.
+first; KDKERNELS_BACKEND names the one to use where a call does not. ``empty_cache()`` gives the
+memory of freed gradients on the CPU back.
 """
 
 import torch  # noqa: F401  before the extension, which shares its OpenMP runtime
@@ -13,6 +14,7 @@ from ._ctc_kd_loss import CTCKDTerms, ctc_kd_loss
 from ._ctc_loss import ctc_loss
 from ._kd_loss import kd_loss
 from .backends import available
+from .backends._memory import empty_cache
 from .nn import CTCKDLoss, CTCLoss, KDLoss
 from .patch import patch
 
@@ -28,6 +30,7 @@ __all__ = [
     "ctc_kd_loss",
     "ctc_loss",
     "ctc_posteriors",
+    "empty_cache",
     "kd_loss",
     "patch",
 ]

@@ -35,9 +35,9 @@ def float_dtype(*logits: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def gradient_of(logits: Tensor) -> Tensor:
+def gradient_of(logits: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
-    gradient = torch.empty_like(logits)
+    gradient = torch.empty_like(logits, device=device)
     if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
-        return torch.empty(tuple(logits.shape), dtype=logits.dtype, device=logits.device)
+        return torch.empty(tuple(logits.shape), dtype=logits.dtype, device=gradient.device)
     return gradient

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _C
+from kdkernels.backends import _memory
 from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
@@ -42,6 +43,13 @@ def supports(op: str, device_type: str) -> bool:
 
 def _workspace(logits: Tensor, size: int) -> Tensor:
     return logits.new_empty(size, dtype=torch.uint8)
+
+
+def _gradient_of(logits: Tensor) -> Tensor:
+    if not _memory.HERE or logits.nbytes < _memory.SMALLEST:
+        return gradient_of(logits)
+    layout = gradient_of(logits, device="meta")
+    return _memory.empty(tuple(layout.shape), layout.stride(), layout.dtype)
 
 
 def _row_layout(tensors: list[Tensor]) -> array:
@@ -97,8 +105,8 @@ def kd_loss_forward(
     dtype = float_dtype(student_logits, teacher_logits)
     if weight is not None:
         weight = weight.to(dtype).expand(shape).contiguous()
-    grad_student = gradient_of(student_logits) if student_grad else None
-    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
     layout = _row_layout(
         [
             student_logits,
@@ -221,7 +229,7 @@ def ctc_loss_forward(
 ) -> tuple[Tensor, Tensor | None]:
     shape = (logits.shape[1],) if reduction == "none" else ()
     loss = logits.new_empty(shape, dtype=float_dtype(logits))
-    gradient = gradient_of(logits) if grad else None
+    gradient = _gradient_of(logits) if grad else None
     _ctc(
         logits,
         targets,
@@ -261,8 +269,8 @@ def ctc_kd_loss_forward(
     dtype = float_dtype(student_logits, teacher_logits)
     shape = (N,) if reduction == "none" else ()
     loss, ctc, kd = (student_logits.new_empty(shape, dtype=dtype) for _ in range(3))
-    grad_student = gradient_of(student_logits) if student_grad else None
-    grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
+    grad_student = _gradient_of(student_logits) if student_grad else None
+    grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
     if labelled is not None:
         labelled = labelled.to("cpu", torch.bool).contiguous()
     if frame_weight is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
+from kdkernels.backends._memory import SMALLEST as KEPT_FROM
 
 from . import peers
 from .shapes import COPIES, Shape
@@ -179,11 +180,15 @@ def evaluate(loss: Callable, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     return value.detach().double(), inputs.student.grad.double()
 
 
-def step_of(loss: Callable, inputs: Inputs, **options) -> Callable[[], None]:
-    """Forward and backward, into a fresh gradient."""
+def step_of(
+    loss: Callable, inputs: Inputs, new_memory: bool = False, **options
+) -> Callable[[], None]:
+    """Forward and backward, into a fresh gradient; with `new_memory` as in a first step."""
 
     def step():
         inputs.student.grad = None
+        if new_memory:
+            kd.empty_cache()
         loss(inputs, inputs.student, **options).backward()
 
     return step
@@ -192,6 +197,11 @@ def step_of(loss: Callable, inputs: Inputs, **options) -> Callable[[], None]:
 def loss_contender(make: Callable, inputs: Inputs) -> Contender:
     loss = make()
     return Contender(step_of(loss, inputs, reduction="sum"), partial(evaluate, loss, inputs))
+
+
+def new_memory_contender(shape: Shape, inputs: Inputs, backend: str | None) -> Contender:
+    loss = partial(OURS[shape.op], backend=backend)
+    return Contender(step_of(loss, inputs, new_memory=True, reduction="sum"))
 
 
 def optax_contender(inputs: Inputs) -> Contender:
@@ -237,6 +247,8 @@ def contenders(
             name: partial(loss_contender, make, inputs)
             for name, make in loss_table(shape, backend, device).items()
         }
+    if shape.op in OURS and 4 * shape.numel >= KEPT_FROM:
+        table["new"] = partial(new_memory_contender, shape, inputs, backend)
     forward_kl = shape.op == "kd_loss" and shape.divergence == "forward_kl"
     if forward_kl and shape.C <= peers.MOST_FLA_CLASSES:
         make = partial(peers.fla_kl, inputs, TEMPERATURE)

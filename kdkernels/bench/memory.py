@@ -5,6 +5,8 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import kdkernels
+
 THP_DISABLE = 41  # PR_SET_THP_DISABLE, in linux/prctl.h
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -31,6 +33,7 @@ def peak_once(step: Callable, inputs) -> int:
     libc = ctypes.CDLL(None)
     inputs.student.grad = None
     gc.collect()
+    kdkernels.empty_cache()
     libc.malloc_trim(0)
     libc.prctl(THP_DISABLE, 1, 0, 0, 0)  # small shapes would be counted in steps of 2 MB
     try:

@@ -43,7 +43,7 @@ def measure_row(shape: Shape, args) -> dict:
         row["peak_memory"] = {
             name: (rival.peak or memory.peak(rival.step, inputs)) / (4 * shape.numel)
             for name, rival in rivals.items()
-            if name != "copy" and memory.CLEAR.exists()
+            if rival.result and memory.CLEAR.exists()
         }
     if args.errors or args.complete:
         row["errors"] = errors(shape, inputs, rivals)
@@ -66,9 +66,7 @@ def time_row(shape: Shape, steps, args) -> dict:
         "logit_bytes": 4 * shape.numel,
         "seconds": {name: spread(t) for name, t in times.items()},
         "ratios": {
-            name: ratio(times, *(("ours", name) if markdown.of_theirs(name) else (name, "ours")))
-            for name in times
-            if name != "ours"
+            name: ratio(times, *markdown.compared(name, times)) for name in times if name != "ours"
         },
     }
     moved = markdown.MOVES[shape.op][0] * 4 * shape.numel

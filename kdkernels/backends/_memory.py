@@ -1,0 +1,73 @@
+"""Memory of large gradients on the CPU, kept from one step for the next.
+
+The system zeroes every page that it hands out, which for a large gradient takes as long as
+computing it, and the C library gives memory of such a size back as soon as it is free. Kept are as
+many blocks as were in use at once, at most KEPT; where memory runs short the system takes what
+large ones held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+
+HERE = sys.platform == "linux"
+SMALLEST = 2**20  # bytes; what is smaller the C library keeps
+LENT = 2**26  # bytes that the system may take; its consent costs some 5 % of the time of kd_loss
+KEPT = 4  # gradients of two models in two losses
+MADV_FREE = 8  # of Linux; Python has the name where it was compiled with it
+HUGE_PAGE = 2**21  # bytes; a block is made of whole ones, which lets it begin at one
+
+_free: deque[mmap.mmap] = deque(maxlen=KEPT)  # of one too many the oldest goes
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """torch.empty_strided for a tensor without gaps. Its memory is kept when its storage dies."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    block = _take(size)
+    lease = (ctypes.c_char * size).from_buffer(block)  # lives as long as the storage
+    weakref.finalize(lease, _give_back, block, size).atexit = False
+    storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
+
+
+def empty_cache() -> None:
+    """Give the memory that is kept for the next gradients on the CPU back to the system.
+
+    What ``torch.cuda.empty_cache()`` does for a GPU. Gradients that are in use are not touched.
+    """
+    _free.clear()
+
+
+def _take(size: int) -> mmap.mmap:
+    """The smallest free block that will do, else a new one in the place of the largest."""
+    blocks = []
+    try:
+        while True:  # one at a time: other threads take and give back meanwhile
+            blocks.append(_free.popleft())
+    except IndexError:
+        blocks.sort(key=len)
+    fits = next((i for i, block in enumerate(blocks) if len(block) >= size), None)
+    taken = blocks.pop(-1 if fits is None else fits) if blocks else None
+    _free.extend(blocks)
+    if fits is not None:
+        return taken
+    del taken  # before another is asked for
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
+    return mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _give_back(block: mmap.mmap, size: int) -> None:
+    if size >= LENT:
+        with contextlib.suppress(OSError):  # a system without it
+            block.madvise(MADV_FREE, 0, size)
+    _free.append(block)

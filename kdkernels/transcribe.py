@@ -6,6 +6,7 @@ AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         f"[{captions.DOUBT}]",
     )
     add(
+        "--late",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="captions begin at most so long after their words, even where they are then faster "
+        "than 20 characters a second [no limit: late, but never too fast to read]",
+    )
+    add(
         "--stream",
         action="store_true",
         help="read standard input (raw 16-bit little-endian samples, or wav) and print words",
@@ -63,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give recordings, or --stream and none")
     if not 0 <= chosen.doubt <= 1:
         parser.error(f"--doubt must be in [0, 1], got {chosen.doubt}")
+    if not chosen.late >= 0:
+        parser.error(f"--late must be at least 0, got {chosen.late}")
     if not audio.RATES[0] <= chosen.rate <= audio.RATES[1]:
         parser.error(f"--rate must be in [{audio.RATES[0]}, {audio.RATES[1]}], got {chosen.rate}")
     if chosen.channels < 1:
@@ -82,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
                 source, chosen.rate, chosen.channels, chosen.doubt, chosen.json, model
             )
         paths = [Path(name) for name in chosen.audio]
-        return recordings.run(paths, chosen.out, chosen.force, chosen.doubt, model)
+        return recordings.run(paths, chosen.out, chosen.force, chosen.doubt, chosen.late, model)
     except files.TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -66,25 +66,49 @@ def test_every_word_is_shown_once_in_order_and_marked_when_doubtful(words):
     assert next(parts, None) is None
 
 
-@given(spoken(longest=30))
-@example(FAST)
-def test_reading_speed_gives_way_before_captions_are_late(words):
-    shown = captions.captions(words)
+def first_words(words, shown):
+    """With the first word of each caption, of words that none had to be cut of."""
     counts = itertools.accumulate(len(pieces([caption])) for caption in shown)
-    firsts = [words[i] for i in [0, *counts][: len(shown)]] if shown else []
-    for (caption, first), following in itertools.zip_longest(
-        zip(shown, firsts, strict=True), list(zip(shown, firsts, strict=True))[1:]
-    ):
-        assert caption.start >= round(1000 * first.start)
-        characters = len(" ".join(caption.lines))
+    return [words[i] for i in [0, *counts][: len(shown)]] if shown else []
+
+
+def time_to_read(caption):
+    return 50 * len(" ".join(caption.lines))
+
+
+@given(spoken(), st.floats(0, 9))
+@example(FAST, 0.0)
+def test_no_caption_is_faster_than_20_characters_a_second(words, silence):
+    seconds = words[-1].end + silence if words else silence
+    for caption in captions.captions(words, seconds=seconds):
+        assert caption.end - caption.start >= time_to_read(caption)
+        assert not captions.too_fast(caption)
+
+
+@given(spoken(longest=30), st.sampled_from([math.inf, 3.0, 0.0]))
+@example(FAST, math.inf)
+def test_a_caption_begins_with_its_first_word_or_after_the_one_before(words, late):
+    shown = captions.captions(words, late=late)
+    before = 0
+    for caption, word in zip(shown, first_words(words, shown), strict=True):
+        said = round(1000 * word.start)
+        assert caption.start == max(said, before)
+        assert caption.late == caption.start - said
+        before = caption.end
+
+
+@given(spoken(longest=30), st.sampled_from([0.0, 1.5, 4.0]))
+@example(FAST, 1.5)
+def test_reading_speed_gives_way_to_a_limit_of_lateness(words, late):
+    shown = captions.captions(words, late=late)
+    for caption, following in itertools.zip_longest(shown, shown[1:]):
         shortest = caption.end - caption.start == 1000
-        if characters * 50 > caption.end - caption.start:
-            after, word = following  # the last caption is never too fast
-            assert captions.too_fast(caption)
-            assert after.start == caption.end
-            assert shortest or after.start == round(1000 * word.start) + 1500
+        if time_to_read(caption) > caption.end - caption.start:
+            assert captions.too_fast(caption)  # not of the last one, which nothing follows
+            assert following.start == caption.end
+            assert shortest or following.late == 1000 * late
         elif following and not shortest:
-            assert following[0].start <= round(1000 * following[1].start) + 1500
+            assert following.late <= 1000 * late
 
 
 @given(spoken(), st.floats(0, 9))
@@ -95,7 +119,7 @@ def test_the_last_caption_ends_with_the_recording(words, silence):
     assert shown[:-1] == free[:-1]
     for last, unbounded in zip(shown[-1:], free[-1:], strict=True):
         assert (last.start, last.lines) == (unbounded.start, unbounded.lines)
-        assert last.end <= max(1000 * seconds, last.start + 1000)
+        assert last.end <= max(1000 * seconds, last.start + max(1000, time_to_read(last)))
         assert last.end == unbounded.end or last.end >= int(1000 * seconds)
 
 
@@ -108,7 +132,7 @@ def test_calm_speech_is_on_time_and_can_be_read():
         words.append(Word(word, start, at, 1.0))
     starts = {round(1000 * word.start) for word in words}
     shown = captions.captions(words)
-    assert not any(map(captions.too_fast, shown))
+    assert not any(caption.late for caption in shown)
     assert all(caption.start in starts for caption in shown)
 
 
@@ -152,7 +176,7 @@ def test_webvtt_and_srt_as_others_read_them(words):
     assert [
         Caption(s.start // milliseconds, s.end // milliseconds, tuple(s.content.split("\n")))
         for s in read
-    ] == shown
+    ] == [caption._replace(late=0) for caption in shown]
     assert [s.index for s in read] == list(range(1, len(shown) + 1))
 
 

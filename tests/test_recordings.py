@@ -11,7 +11,7 @@ import torch
 import webvtt
 from tones import RATE, call, sentence, tones
 
-from kdkernels.asr import audio, files, recordings
+from kdkernels.asr import audio, captions, files, recordings
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,17 @@ def test_a_long_recording_is_read_in_blocks(run, recogniser, long, tmp_path, mon
     assert max(sizes) == recordings.BLOCK * RATE
     assert call(tmp_path / "long.wav", "--model", run, "--out", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "long.json").read_text())["text"] == text
+
+
+def test_late_captions_are_told_of():
+    words = [captions.Word("abcdefghi", i / 4, (i + 1) / 4, 1.0) for i in range(80)]  # 40 / s
+    said = recordings.remarks(captions.captions(words), 20.0)
+    assert said.startswith(", up to 17.")  # the tenth has to wait for nine, of 79 characters each
+    assert "and after the end of the recording (--late 1.5 shows them in time" in said
+    in_time = captions.captions(words, late=1.5)
+    assert recordings.remarks(in_time, 20.0).endswith("of them faster than 20 characters a second")
+    assert recordings.remarks(captions.captions(words[:9]), 20.0) == ""
+    assert recordings.remarks([], 1.0) == ""
 
 
 def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, capsys):
@@ -159,8 +170,8 @@ def test_a_model_that_cannot_be_used(tmp_path, capsys, content, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a.wav", "--stream"], ["a.wav", "--doubt", "2"], ["--stream", "--rate", "0"],
-     ["--stream", "--channels", "0"]],
+    [[], ["a.wav", "--stream"], ["a.wav", "--doubt", "2"], ["a.wav", "--late", "-1"],
+     ["--stream", "--rate", "0"], ["--stream", "--channels", "0"]],
 )  # fmt: skip
 def test_arguments_that_make_no_sense(arguments):
     with pytest.raises(SystemExit, match="2"):

@@ -4,13 +4,12 @@ What holds, the first before the others:
 
 1. Every word is shown, once and in order. One longer than a line is cut, with a hyphen.
 2. A caption has one or two lines of at most 42 characters, stays 1 to 7 seconds, and overlaps none.
-3. A caption begins at most 1.5 seconds after its first word.
-4. It stays long enough to be read at 20 characters a second: past its last word where it must,
-   and then the next one begins late, by as much as 3 allows.
-5. The last one ends when the recording does at the latest, where 2 lets it; 4 gives way.
+3. It stays long enough to be read at 20 characters a second: past its last word where it must.
+4. It begins with its first word, or as soon as the one before may go.
+5. The last one ends when the recording does at the latest, where 2 and 3 let it.
 
-Where people talk faster than anyone reads, 4 gives way first (from 20 characters a second on) and
-3 next (from 84, which nobody says): late captions would come to belong to other pictures.
+Where people talk faster than 20 characters a second captions come late, and catch up in pauses. A
+limit to that, `late`, goes before 3: captions in time with the picture, which not everybody reads.
 """
 
 import math
@@ -21,7 +20,7 @@ from typing import NamedTuple
 LINE = 42  # characters
 SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
 READING = 50  # milliseconds a character: 20 characters a second
-LATE = 1500  # milliseconds that a caption may begin after its first word
+LATE = 1.5  # seconds: captions that begin later after their first word are told of
 DOUBT = 0.8  # confidence below which a word is marked: of these two in three are wrong
 PARAGRAPH = 1.0  # seconds of pause that begin a new line of text
 DOUBTFUL = "(?)"  # in characters, so that it is there in every player, and in Braille
@@ -47,6 +46,7 @@ class Caption(NamedTuple):
     start: int  # milliseconds
     end: int
     lines: tuple[str, ...]
+    late: int = 0  # milliseconds from when its first word begins to its own start
 
 
 class _Token(NamedTuple):
@@ -59,9 +59,14 @@ class _Token(NamedTuple):
 
 
 def captions(
-    words: Sequence[Word], doubt: float = DOUBT, seconds: float = math.inf
+    words: Sequence[Word],
+    doubt: float = DOUBT,
+    seconds: float = math.inf,
+    late: float = math.inf,
 ) -> list[Caption]:
     """Captions of `words`, in a recording of `seconds`; a confidence below `doubt` is marked.
+
+    None begins more than `late` seconds after its first word, but for rule 2.
 
     Raises:
         ValueError: for a word that is empty or has white space, times that are negative, not
@@ -73,18 +78,20 @@ def captions(
     shown: list[Caption] = []
     for group, following in zip_longest(groups, groups[1:]):
         lines = _lines(group)[1]
-        start = max(group[0].start, shown[-1].end if shown else 0)
-        end = max(group[-1].end, start + max(SHORTEST, READING * _characters(lines)))
+        said = group[0].start
+        start = max(said, shown[-1].end if shown else 0)
+        needed = start + max(SHORTEST, READING * _characters(lines))
+        end = max(group[-1].end, needed)
         if following:
-            end = min(end, max(start + SHORTEST, following[0].start + LATE))
+            end = min(end, max(start + SHORTEST, following[0].start + 1000 * late))
         else:
-            end = min(end, max(start + SHORTEST, 1000 * seconds))
-        shown.append(Caption(start, int(min(end, start + LONGEST)), lines))
+            end = min(end, max(needed, 1000 * seconds))
+        shown.append(Caption(start, int(min(end, start + LONGEST)), lines, start - said))
     return shown
 
 
 def too_fast(caption: Caption) -> bool:
-    """Whether there is less time than reading it takes: rule 4 gave way."""
+    """Whether there is less time than reading it takes: rule 3 gave way to `late`."""
     return READING * _characters(caption.lines) > caption.end - caption.start
 
 

@@ -54,7 +54,9 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
             ) from error
 
 
-def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, doubt: float) -> str:
+def transcribe(
+    path: Path, outputs: list[Path], model: recognise.Recogniser, doubt: float, late: float
+) -> str:
     """Write text, JSON, WebVTT and SRT of one recording; returns a line about them.
 
     Raises:
@@ -76,7 +78,7 @@ def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, dou
                 bar.update(len(block) // rate)
 
         words = list(recognise.recognise(model, heard(), rate))
-    shown = captions.captions(words, doubt, samples / rate)
+    shown = captions.captions(words, doubt, samples / rate, late)
     results = {
         "audio": path.name,
         "seconds": round(samples / rate, 3),
@@ -95,12 +97,26 @@ def transcribe(path: Path, outputs: list[Path], model: recognise.Recogniser, dou
     )
     for output, content in zip(outputs, contents, strict=True):
         files.write_bytes(output, content.encode())
-    fast = sum(map(captions.too_fast, shown))
     return (
         f"{path}: {samples / rate:.1f} s, {len(words)} words, {len(shown)} captions"
-        + (f", {fast} of them faster than 20 characters a second" if fast else "")
-        + f", in {time.perf_counter() - start:.1f} s"
+        f"{remarks(shown, samples / rate)}, in {time.perf_counter() - start:.1f} s"
     )
+
+
+def remarks(shown: list[captions.Caption], seconds: float) -> str:
+    """On captions that are not as they should be, where people talk faster than others read."""
+    late = max((caption.late for caption in shown), default=0) / 1000
+    fast = sum(map(captions.too_fast, shown))
+    said = ""
+    if late > captions.LATE:
+        said += f", up to {late:.1f} s late"
+        if shown[-1].start >= 1000 * seconds:
+            said += " and after the end of the recording"
+        if not fast:
+            said += f" (--late {captions.LATE} shows them in time, and too fast to read)"
+    if fast:
+        said += f", {fast} of them faster than 20 characters a second"
+    return said
 
 
 def outputs_of(paths: list[Path], out: str | None) -> list[list[Path]]:
@@ -127,7 +143,12 @@ def outputs_of(paths: list[Path], out: str | None) -> list[list[Path]]:
 
 
 def run(
-    paths: list[Path], out: str | None, force: bool, doubt: float, model: recognise.Recogniser
+    paths: list[Path],
+    out: str | None,
+    force: bool,
+    doubt: float,
+    late: float,
+    model: recognise.Recogniser,
 ) -> int:
     """All recordings; what cannot be done is told, and the others are. Returns the exit code."""
     written = outputs_of(paths, out)
@@ -138,7 +159,7 @@ def run(
         try:
             if not force and (there := [output for output in outputs if output.exists()]):
                 raise files.TrainError(f"{path}: {there[0]} exists; --force replaces it")
-            print(transcribe(path, outputs, model, doubt), flush=True)
+            print(transcribe(path, outputs, model, doubt, late), flush=True)
         except files.TrainError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)

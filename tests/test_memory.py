@@ -1,4 +1,4 @@
-"""Memory of gradients on the CPU, kept from one step for the next."""
+"""Memory of gradients on the CPU: kept from one step for the next, and written past the caches."""
 
 import os
 import threading
@@ -216,3 +216,50 @@ def test_a_forked_process_has_its_own():
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(grad, expected)
     assert torch.equal(kd_grad(randn(6, C)), expected)
+
+
+# ------------------------------------------------ past the caches, into pages that were used before
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_rows_alone_and_in_a_tensor_larger_than_the_caches(divergence):
+    t = randn(6500, 1003, seed=18)
+    s = t + randn(6500, 1003, seed=19) * torch.logspace(-3, 1, 6500)[:, None]
+
+    def results(rows):
+        x, y = (z[rows].clone().requires_grad_() for z in (s, t))
+        loss = kd.kd_loss(x, y, reduction="none", divergence=divergence, backend="cpp")
+        return loss.detach(), *torch.autograd.grad(loss.sum(), (x, y))
+
+    results(slice(None))
+    poison()
+    for whole, few in zip(results(slice(None)), results(slice(4000, 4005)), strict=True):
+        assert torch.equal(whole[4000:4005], few)
+        assert whole.isfinite().all()  # no element was left as it was
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_utterances_alone_and_in_a_tensor_larger_than_the_caches(with_teacher):
+    T, N, C, S = 40, 16, 10007, 8
+    logits, teacher = randn(T, N, C, seed=20), randn(T, N, C, seed=21)
+    targets = torch.randint(1, C, (N, S), generator=torch.Generator().manual_seed(22))
+    targets[3] = 5  # cannot be aligned in so few frames
+    lengths = torch.full((N,), T), torch.full((N,), S)
+    lengths[0][2:4] = torch.tensor([17, S])
+
+    def gradient(n):
+        x = logits[:, n].clone().requires_grad_()
+        rest = targets[n], lengths[0][n], lengths[1][n]
+        options = {"reduction": "sum", "zero_infinity": True, "backend": "cpp"}
+        if with_teacher:
+            loss = kd.ctc_kd_loss(x, teacher[:, n], *rest, **options).loss
+        else:
+            loss = kd.ctc_loss(x, *rest, **options)
+        return torch.autograd.grad(loss, x)[0]
+
+    gradient(slice(None))
+    poison()
+    whole = gradient(slice(None))
+    assert whole.isfinite().all()
+    for n in (0, 2, 3, N - 1):
+        assert torch.equal(whole[:, n : n + 1], gradient(slice(n, n + 1)))

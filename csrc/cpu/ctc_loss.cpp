@@ -171,6 +171,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
 
     advise_huge_pages(grad, T * N * C * size_of(p.grad.dtype));
     advise_huge_pages(grad_teacher, T * N * C * size_of(p.grad_teacher.dtype));
+    p.past_caches = grad && sizeof(Float) == 4 && p.grad.dtype == DType::float32 &&
+                    goes_past_caches(grad, T * N * C * 4);
     const Workspace<Float> workspace(workspace_memory, p);
     if (N >= threads || threads == 1) {
       run_utterances(p, workspace, int(threads));

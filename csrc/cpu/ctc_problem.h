@@ -43,6 +43,7 @@ struct Problem {
   // frame)
   double ctc_scale, kd_scale;
   bool divide_by_length;
+  bool past_caches;  // a gradient that is too large for them
 
   bool is_labelled(int64_t n) const { return !labelled || labelled[n]; }
   double weight(int64_t t, int64_t n) const {

@@ -63,6 +63,8 @@ class Utterance {
     S_ = labelled_ ? problem.target_lengths[n] : 0;
     target_.begin(problem.targets + (labelled_ ? problem.target_offsets[n] : 0), S_, problem.C,
                   problem.blank);
+    // The symbols' lines are read again, for the occupancies: they must be few.
+    past_caches_ = problem.past_caches && 4 * W * target_.symbols() <= problem.C;
     scale_ = labelled_ ? problem.ctc_scale : 0.0;
     if (problem.divide_by_length) scale_ /= double(std::max<int64_t>(S_, 1));
     loss_ = !labelled_ || (T_ == 0 && S_ == 0) ? 0.0 : kInfinity;
@@ -87,6 +89,7 @@ class Utterance {
         if (grad.data) std::memset(grad.row(t, n_), 0, size_t(p.C * size_of(grad.dtype)));
       }
     }
+    if (past_caches_) stored_past();
   }
 
   // After all rows: the symbols' probabilities in (m, e), and the chains' starts.
@@ -213,7 +216,7 @@ class Utterance {
       }
       rows[i].valid = true;  // of an utterance without a transcript nobody asks
     }
-    const bool direct = p.grad.dtype == kOwnDType<Float>;
+    const bool direct = p.grad.dtype == kOwnDType<Float> && !past_caches_;
     const RowsAt written = direct ? p.grad.rows(begin, n_) : RowsAt{};
     if (labelled_) softmax_rows(rows, n, p.C, p.logits.stride_t * (end - begin), written);
     for (int i = 0; i < n; i++) {
@@ -248,11 +251,11 @@ class Utterance {
     const Float factor = Float(row.valid ? scale_ / (1 + row.rest) : kNotANumber);
     Float* const scratch_row = scratch.dense + i * p.C;
     Float* const dense = begin_row(grad, p.grad.dtype, scratch_row);
-    for_each_vector<Float>(p.C, [&](int64_t c, int n) {
+    write_row(dense, p.C, past_caches_, [&](int64_t c, int lanes) {
       Vec<Float> x{};
-      if (ctc) x = load_n(scratch_row + c, n, Float(0)) * factor;
-      if (kd) x += load_n(kd + c, n, Float(0));
-      store_n(dense + c, x, n);
+      if (ctc) x = load_n(scratch_row + c, lanes, Float(0)) * factor;
+      if (kd) x += load_n(kd + c, lanes, Float(0));
+      return x;
     });
     if (p.grad.dtype !=
         kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
@@ -359,7 +362,7 @@ class Utterance {
   const Problem<Float>* problem_ = nullptr;
   int64_t block_rows_ = 0;  // of a chain, for the largest utterance there is memory for
   int64_t n_ = 0, T_ = 0, S_ = 0;
-  bool labelled_ = false, runs_ = false;
+  bool labelled_ = false, runs_ = false, past_caches_ = false;
   double scale_ = 0, loss_ = 0;  // scale: d(returned loss) / d(loss)
   Lattice<Float> lattice_{};
   Chain<Float, true> alpha_;

@@ -16,28 +16,13 @@
 #include <limits>
 
 #include "cpu/exp_rows.h"
+#include "cpu/row.h"
 #include "cpu/simd_lanes.h"
 #include "cpu/simd_math.h"
 
 namespace kdkernels {
 namespace KDKERNELS_TARGET {
 namespace {
-
-// change(i, lanes) to a row of a gradient.
-template <int kVectors, class Change>
-KDKERNELS_INLINE void write_row(float* row, int64_t C, bool past_caches, Change change) {
-  constexpr int W = kLanes<float>;
-  if (kVectors > 0 || !past_caches) {
-    for_row<float, kVectors>(
-        C, [&](int64_t i, int lanes) { store_n(row + i, change(i, lanes), lanes); });
-    return;
-  }
-  const uintptr_t beyond = reinterpret_cast<uintptr_t>(row) % kVectorBytes;
-  int64_t i = std::min<int64_t>(C, beyond ? (kVectorBytes - beyond) / sizeof(float) : 0);
-  if (i) store_partial(row, change(0, int(i)), int(i));
-  for (; i + W <= C; i += W) store_past(row + i, change(i, W));
-  if (i < C) store_partial(row + i, change(i, int(C - i)), int(C - i));
-}
 
 KDKERNELS_INLINE float factor(const KLRows& rows, int r, KLScales scale) {
   return float(rows.factor[r]) * scale.q;
@@ -220,7 +205,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     const VecF32 p_factor = broadcast(p_row[r]), q_factor = broadcast(q_row[r]);
     const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
     VecF32 high{};
-    write_row<kVectors>(grad, C, scale.past_caches, [&](int64_t i, int lanes) {
+    write_row<float, kVectors>(grad, C, scale.past_caches, [&](int64_t i, int lanes) {
       const VecF32 change =
           load_n(q_exps + i, lanes, 0.0f) * q_factor - load_n(p_exps + i, lanes, 0.0f) * p_factor;
       high = max(high, abs<float>(change));
@@ -242,7 +227,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     const float change_factor = float(rows.factor[r] * p_sum[r] * kLn2) * scale.p;
     const float small = caution * 2 * kFarGradient * (1 + std::fabs(float(d0_mean[r])));
     VecF32 high{};
-    write_row<kVectors>(grad, C, scale.past_caches, [&](int64_t i, int lanes) {
+    write_row<float, kVectors>(grad, C, scale.past_caches, [&](int64_t i, int lanes) {
       const VecF32 p = load_n(p_logits + i, lanes, -kInf) - p_max;
       const VecF32 q = load_n(q_logits + i, lanes, -kInf) - q_max;
       const VecF32 d = max(scaled_difference<kSameTemperature>(p, q, p_scale, q_scale),

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -193,6 +194,24 @@ void store_one(void* row, DType dtype, int64_t c, Float value) {
 template <class Float>
 void fill_row(void* row, DType dtype, int64_t C, Float value) {
   for (int64_t c = 0; c < C; c++) store_one(row, dtype, c, value);
+}
+
+// value(c, lanes) to a row of a gradient, past the caches if so wanted: see store_past.
+template <class Float, int kVectors = 0, class Value>
+KDKERNELS_INLINE void write_row(Float* row, int64_t C, bool past_caches, Value value) {
+  if constexpr (kVectors == 0 && sizeof(Float) == 4) {
+    if (past_caches) {
+      constexpr int W = kLanes<float>;
+      const uintptr_t beyond = reinterpret_cast<uintptr_t>(row) % kVectorBytes;
+      int64_t c = std::min<int64_t>(C, beyond ? (kVectorBytes - beyond) / sizeof(float) : 0);
+      if (c) store_partial(row, value(0, int(c)), int(c));
+      for (; c + W <= C; c += W) store_past(row + c, value(c, W));
+      if (c < C) store_partial(row + c, value(c, int(C - c)), int(C - c));
+      return;
+    }
+  }
+  for_row<Float, kVectors>(C,
+                           [&](int64_t c, int lanes) { store_n(row + c, value(c, lanes), lanes); });
 }
 
 // Whether an output is written past the caches: one that is no longer in them when somebody reads

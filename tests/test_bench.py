@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels.bench import instructions, markdown, peers
+from kdkernels.bench import cells, instructions, markdown, peers, sections
 from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import Contender, contenders, make_inputs
@@ -45,12 +45,12 @@ def test_docs_agree_with_the_results(results):
 
 def test_a_row_where_another_is_faster_says_why(results):
     for result in results:
-        assert markdown.UNSAID not in markdown.not_the_fastest(result)
+        assert sections.UNSAID not in sections.not_the_fastest(result)
 
 
 def test_a_floor_that_is_missed_has_a_reason(results):
     for result in results:
-        assert markdown.UNSAID not in markdown.floors(result)
+        assert sections.UNSAID not in sections.floors(result)
 
 
 def test_a_ratio_lies_within_its_quartiles(results):
@@ -63,8 +63,8 @@ def test_another_that_is_faster_is_named():
     row = {"op": "kd_loss", "shape": "(1, 2)"}
     ratios = {"eager": 0.5, "separate": 4.0, "compile": 2.0, "copy": 9.0}
     row["ratios"] = {n: {"value": r} for n, r in ratios.items()}
-    text = markdown.not_the_fastest({"machine": {"cpu": "any"}, "rows": [row]})
-    assert f"eager torch is 2.00 times as fast. {markdown.UNSAID}" in text
+    text = sections.not_the_fastest({"machine": {"cpu": "any"}, "rows": [row]})
+    assert f"eager torch is 2.00 times as fast. {sections.UNSAID}" in text
     assert "ctc_loss + kd_loss is 4.00 times as fast" in text
     assert len(text.splitlines()) == 2
 
@@ -133,7 +133,7 @@ def test_every_section_of_the_report_is_made_from_a_complete_result():
         ],
     }
     text = markdown.report([result])
-    for title in markdown.SECTIONS:
+    for title in sections.SECTIONS:
         assert f"### {title}\n" in text
     assert "optax: no row; not installed" in text
     assert "at 0123456789ab with changes, float32" in text
@@ -390,7 +390,7 @@ def test_every_operator_has_rows_and_a_benchmark_file():
     for op in OPS:
         assert any(s.op == op and s.note == "smallest call" for s in SHAPES)
         assert (ROOT / f"benchmarks/bench_{op}.py").exists()
-        assert op in markdown.MOVES
+        assert op in cells.MOVES
 
 
 def test_a_peer_without_a_row_has_a_reason():

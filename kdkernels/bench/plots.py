@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .markdown import NAMES, measured_names, pages_for_all
+from .cells import NAMES, measured_names
+from .markdown import pages_for_all
 
 COLOURS = {"ours": "#0b6e4f", "eager": "#b5651d", "trl": "#4b4e8a"}
 

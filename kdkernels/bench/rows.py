@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import markdown, memory
+from . import cells, memory
 from .contenders import EAGER, OURS, contenders, make_inputs
 from .errors import errors
 from .shapes import Shape, select
@@ -66,10 +66,10 @@ def time_row(shape: Shape, steps, args) -> dict:
         "logit_bytes": 4 * shape.numel,
         "seconds": {name: spread(t) for name, t in times.items()},
         "ratios": {
-            name: ratio(times, *markdown.compared(name, times)) for name in times if name != "ours"
+            name: ratio(times, *cells.compared(name, times)) for name in times if name != "ours"
         },
     }
-    moved = markdown.MOVES[shape.op][0] * 4 * shape.numel
+    moved = cells.MOVES[shape.op][0] * 4 * shape.numel
     row["gigabytes_per_second"] = moved / row["seconds"]["ours"]["median"] / 1e9
     row["floors"] = {
         name: {"floor": floor, "met": meets(name, row["ratios"][name]["value"], floor)}
@@ -80,7 +80,7 @@ def time_row(shape: Shape, steps, args) -> dict:
 
 
 def meets(name: str, value: float, floor: float) -> bool:
-    return value <= floor if markdown.of_theirs(name) else value >= floor
+    return value <= floor if cells.of_theirs(name) else value >= floor
 
 
 def loop_row(shape: Shape, inputs, args) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What is compared: this package, eager torch, torch.compile, installed peers, and a plain copy.
 
 Every step is one training step as the loss sees it: raw logits in, the summed loss, `backward()`,
-and a gradient tensor that did not exist before. ctc_align has no gradient: its step is the call.
+and a gradient tensor that did not exist before. `new` is this package's without the memory that it
+keeps from gradient to gradient. ctc_align has no gradient: its step is the call.
 """
 
 from collections.abc import Callable

@@ -13,8 +13,8 @@ from ._ctc_align import ctc_align, ctc_posteriors
 from ._ctc_kd_loss import CTCKDTerms, ctc_kd_loss
 from ._ctc_loss import ctc_loss
 from ._kd_loss import kd_loss
+from ._memory import empty_cache
 from .backends import available
-from .backends._memory import empty_cache
 from .nn import CTCKDLoss, CTCLoss, KDLoss
 from .patch import patch
 

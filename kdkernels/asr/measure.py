@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import _memory
+
 from . import losses
 from .batches import Batch
 from .settings import Settings
@@ -84,7 +86,11 @@ def _peak(loss: Callable, logits: Tensor, *rest) -> int:
         _time(loss, logits, *rest)
         return torch.cuda.max_memory_allocated() - before
     activity = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+    with (
+        _quiet(),
+        _memory.left_to_torch(),
+        torch.profiler.profile(activities=activity, profile_memory=True) as profile,
+    ):
         _time(loss, logits, *rest)
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -12,8 +12,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from kdkernels import _C
-from kdkernels.backends import _memory
+from kdkernels import _C, _memory
 from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
@@ -46,7 +45,7 @@ def _workspace(logits: Tensor, size: int) -> Tensor:
 
 
 def _gradient_of(logits: Tensor) -> Tensor:
-    if not _memory.HERE or logits.nbytes < _memory.SMALLEST:
+    if not _memory.keeps(logits.nbytes):
         return gradient_of(logits)
     layout = gradient_of(logits, device="meta")
     return _memory.empty(tuple(layout.shape), layout.stride(), layout.dtype)

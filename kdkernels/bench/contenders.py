@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels.backends._memory import SMALLEST as KEPT_FROM
+from kdkernels import _memory
 
 from . import peers
 from .shapes import COPIES, Shape
@@ -248,7 +248,7 @@ def contenders(
             name: partial(loss_contender, make, inputs)
             for name, make in loss_table(shape, backend, device).items()
         }
-    if shape.op in OURS and 4 * shape.numel >= KEPT_FROM:
+    if shape.op in OURS and _memory.keeps(4 * shape.numel):
         table["new"] = partial(new_memory_contender, shape, inputs, backend)
     forward_kl = shape.op == "kd_loss" and shape.divergence == "forward_kl"
     if forward_kl and shape.C <= peers.MOST_FLA_CLASSES:

@@ -14,18 +14,35 @@ import mmap
 import sys
 import weakref
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-HERE = sys.platform == "linux"
 SMALLEST = 2**20  # bytes; what is smaller the C library keeps
 LENT = 2**26  # bytes that the system may take; its consent costs some 5 % of the time of kd_loss
 KEPT = 4  # gradients of two models in two losses
 MADV_FREE = 8  # of Linux; Python has the name where it was compiled with it
 HUGE_PAGE = 2**21  # bytes; a block is made of whole ones, which lets it begin at one
 
+_here = sys.platform == "linux"
 _free: deque[mmap.mmap] = deque(maxlen=KEPT)  # of one too many the oldest goes
+
+
+def keeps(size: int) -> bool:
+    """Whether memory of so many bytes is kept."""
+    return _here and size >= SMALLEST
+
+
+@contextlib.contextmanager
+def left_to_torch() -> Iterator[None]:
+    """Nothing is kept meanwhile: torch's profiler sees the memory of its own allocator alone."""
+    global _here
+    before, _here = _here, False
+    try:
+        yield
+    finally:
+        _here = before
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

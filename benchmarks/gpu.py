@@ -10,6 +10,7 @@ them one by one. A command that outlasts the limit is stopped, and said to be.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "gpu-sources"
 STEPS = ("build", "test", "sanitize", "measure")
 BACKENDS = ("cuda", "triton")
 CHECKS = ("memcheck", "racecheck")
@@ -111,20 +113,42 @@ def outcome(status, lines):
     return {"status": status, "said": lines}
 
 
+def sources():
+    """A digest of all that is compiled."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "python"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest() + "\n"
+
+
+def has_kernels():
+    """Whether a Python that starts now finds an extension with the kernels of the GPU."""
+    code = "import torch; from kdkernels import _C; _C.cuda"
+    return not subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True
+    ).returncode
+
+
 def build(args):
-    """Installs the package, editable, unless it is there with the kernels of the GPU. Compiled is
-    for this GPU alone, which takes a third of the time."""
-    there = "from kdkernels import _C; _C.cuda"
-    found = subprocess.run(
-        [sys.executable, "-c", f"import torch; {there}"], cwd=ROOT, capture_output=True
-    )
-    if not found.returncode:
+    """Installs the package, editable, unless it is there with the kernels of the GPU, of these
+    sources. Compiled is for this GPU alone, which takes a third of the time."""
+    if has_kernels() and BUILT.exists() and BUILT.read_text() == sources():
         return outcome(0, ["already built"])
     major, minor = torch.cuda.get_device_capability()
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v"]
     pip += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}", "-e", "."]
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    return run(pip, args.limit, CUDACXX=nvcc)
+    built = run(pip, args.limit, CUDACXX=nvcc)
+    if not built["status"] and not has_kernels():
+        return outcome(1, ["built, but without the GPU's kernels: is nvcc 12 or newer there?"])
+    if not built["status"]:
+        BUILT.parent.mkdir(exist_ok=True)
+        BUILT.write_text(sources())
+        # What was installed is found by a Python that starts after it.
+        print("built; starting again", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    return built
 
 
 def operator_tests():

@@ -209,6 +209,22 @@ def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled
         raise bad_value(op, "targets", expected, wrong[0].item())
 
 
+def to_device(device, targets, input_lengths, target_lengths):
+    """Targets and lengths on the device of the logits, which is not the CPU.
+
+    Concatenated targets whose lengths are at hand are padded: of others a kernel knows no better
+    than that one utterance may have all the labels.
+    """
+    if targets.dim() == 1 and target_lengths.is_cpu and not torch.compiler.is_compiling():
+        ends = target_lengths.cumsum(0)
+        longest = int(target_lengths.max()) if len(ends) else 0
+        at = (ends - target_lengths).unsqueeze(1) + _steps(longest)
+        at = at.clamp_(max=max(targets.shape[0] - 1, 0))  # past a target's length: any label
+        targets = targets[at.to(targets.device, non_blocking=True)]
+    tensors = targets, input_lengths, target_lengths
+    return tuple(x.to(device, non_blocking=True) for x in tensors)
+
+
 @functools.lru_cache(maxsize=64)
 def _steps(n):
     return torch.arange(n, device="cpu")

@@ -78,7 +78,7 @@ def _arguments(op, logits, targets, input_lengths, target_lengths, blank, batch_
         T, _, C = logits.shape
         _checks.ctc_values(op, T, C, *tensors, blank)
     if not logits.is_cpu:
-        tensors = [x.to(logits.device, non_blocking=True) for x in tensors]
+        tensors = _checks.to_device(logits.device, *tensors)
     return single, (logits, *tensors, blank)
 
 

@@ -132,7 +132,7 @@ def ctc_kd_loss(
     if not torch.compiler.is_compiling():
         _check_values(student_logits, None, *tensors, labelled, None, blank)
     if not student_logits.is_cpu:
-        tensors = [x.to(device, non_blocking=True) for x in tensors]
+        tensors = _checks.to_device(device, *tensors)
         labelled = labelled if labelled is None else labelled.to(device, non_blocking=True)
 
     wanted = (_op.wants_grad(student_logits), _op.wants_grad(teacher_logits))

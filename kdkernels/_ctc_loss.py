@@ -75,9 +75,8 @@ def ctc_loss(
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
     if not torch.compiler.is_compiling():
         _check_values(logits, *tensors, blank)
-    tensors = (
-        [x.to(logits.device, non_blocking=True) for x in tensors] if not logits.is_cpu else tensors
-    )
+    if not logits.is_cpu:
+        tensors = _checks.to_device(logits.device, *tensors)
 
     wanted = (_op.wants_grad(logits),)
     # A gradient divided by N·S is too small for float16; a loss scale comes only afterwards.

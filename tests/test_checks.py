@@ -8,6 +8,7 @@ import torch
 from helpers import problem, randn
 
 import kdkernels
+from kdkernels import _checks
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 CTC = ("ctc_loss", "ctc_posteriors", "ctc_align", "ctc_kd_loss")
@@ -293,3 +294,18 @@ def test_environment_variable_is_named(monkeypatch):
         ValueError, match=r"expected KDKERNELS_BACKEND in \[.*'cpp', .*'reference'.*\]"
     ):
         kdkernels.kd_loss(P.logits, P.logits)
+
+
+def test_concatenated_targets_are_padded_on_their_way_to_a_device():
+    """Of those whose lengths are at hand: kernels would have to reckon with one that has all."""
+    targets, lengths = torch.tensor([5, 6, 1, 2, 3]), torch.tensor([2, 0, 3])
+    padded, _, same = _checks.to_device("cpu", targets, torch.tensor([9, 9, 9]), lengths)
+    assert padded.shape == (3, 3)
+    assert padded[0, :2].tolist() == [5, 6]
+    assert padded[2].tolist() == [1, 2, 3]
+    assert torch.equal(same, lengths)
+    none = torch.zeros(2, dtype=torch.long)
+    assert _checks.to_device("cpu", targets[:0], none, none)[0].shape == (2, 0)
+    assert _checks.to_device("cpu", targets[:0], none[:0], none[:0])[0].shape == (0, 0)
+    rows = torch.ones(3, 4, dtype=torch.long)
+    assert _checks.to_device("cpu", rows, lengths, lengths)[0] is rows

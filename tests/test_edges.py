@@ -416,10 +416,11 @@ def test_arguments_below_the_normal_numbers_are_read():
 # ---------------------------------------------------------- values that the host does not look at
 
 
-def on_the_cpu(name):
-    if name not in backends.available("ctc_loss", "cpu"):
-        pytest.skip(f"{name} does not run on the CPU here")
-    return backends.load(name)
+def unchecked(on):
+    """The backend's own functions, where it must bear any value: what runs on a GPU."""
+    if on.backend == "cpp":
+        pytest.skip("runs on CPUs alone, where every value is checked")
+    return backends.load(on.backend)
 
 
 def with_bad_value(p, what, value):
@@ -429,7 +430,6 @@ def with_bad_value(p, what, value):
     return rest.values()
 
 
-UNCHECKED = pytest.mark.parametrize("name", ["reference", "cuda_emulated", "triton"])
 BAD_VALUES = pytest.mark.parametrize(
     ("what", "value"),
     [
@@ -444,12 +444,11 @@ BAD_VALUES = pytest.mark.parametrize(
 )
 
 
-@UNCHECKED
 @BAD_VALUES
-def test_bad_value_past_the_checks_is_nan(what, value, name):
+def test_bad_value_past_the_checks_is_nan(on, what, value):
     """What a GPU must do, where values are not read on the host: here without the checks."""
-    backend = on_the_cpu(name)
-    p = problem(C=12, seed=26, full=True)
+    backend = unchecked(on)
+    p = problem(C=12, seed=26, full=True).to(on.device, torch.float64)
     rest = with_bad_value(p, what, value)
     loss, grad = backend.ctc_loss_forward(p.logits, *rest, 0, "none", False, True)
     expected, expected_grad = backend.ctc_loss_forward(p.logits, *p.rest, 0, "none", False, True)
@@ -459,14 +458,19 @@ def test_bad_value_past_the_checks_is_nan(what, value, name):
     paths, scores = backend.ctc_align(p.logits, *rest, 0)
     assert scores[1].isnan()
     assert (paths[1] == -1).all()
+    occupancy = backend.ctc_posteriors(p.logits, *rest, 0)
+    expected = backend.ctc_posteriors(p.logits, *p.rest, 0)
+    some_frames = (what, value) != ("input_lengths", -1)
+    assert occupancy[:, 1].isnan().any() == some_frames
+    assert (occupancy[:, 1].isnan() | (occupancy[:, 1] == 0)).all()
+    assert torch.equal(occupancy[:, [0, 2]], expected[:, [0, 2]])
 
 
-@UNCHECKED
 @BAD_VALUES
-def test_bad_value_past_the_checks_is_nan_with_a_teacher(what, value, name):
+def test_bad_value_past_the_checks_is_nan_with_a_teacher(on, what, value):
     """The same of ctc_kd_loss: the sum is nan, and so is the utterance's own term."""
-    backend = on_the_cpu(name)
-    p = problem(T=20, C=12, seed=27, full=True)
+    backend = unchecked(on)
+    p = problem(T=20, C=12, seed=27, full=True).to(on.device, torch.float64)
     teacher = p.logits.roll(1, 0)
     tail = (None, None, 0, "none", False, 0.5, 0.5, 2.0, 2.0, "forward_kl", 0.5, True, True, True)
     call = backend.ctc_kd_loss_forward

@@ -93,6 +93,10 @@ def main():
     for C, dtype in rows:
         x = logits(64, C, dtype=dtype)
         case(f"kd_loss {C} {dtype}", backend.kd_loss_forward, x, x, *kl)
+    both = (torch.ones(64), 1.0, 1.0, "forward_kl", 0.5, "none", True, True, True)
+    for C, dtype in ((100, full), (5000, torch.float16), (16384, full)):
+        x = logits(64, C, dtype=dtype)
+        case(f"kd_loss {C} float64 for the teacher", backend.kd_loss_forward, x, x, *both)
     case("scale_grad", backend.scale_grad_, logits(64, 5000), torch.ones(()))
     jsd = (torch.ones(64), 2.0, 1.0, "jsd", 0.5, "mean", True, True, True)
     case("kd_loss jsd", backend.kd_loss_forward, logits(64, 500), logits(64, 500), *jsd)
@@ -112,6 +116,15 @@ def main():
     x, *rest = ctc(*shape)
     tail = (None, None, 0, "mean", False, 0.5, 0.5, 1.0, 1.0, "forward_kl", 0.5, True, True, False)
     case("ctc_kd_loss", backend.ctc_kd_loss_forward, x, x, *rest, *tail)
+    lengths, labels = rest[1:], torch.ones(120, dtype=torch.int64)
+    for dtype in (full, torch.float16):
+        y, flags = x.to(dtype), (torch.ones(2, dtype=torch.bool), torch.ones(400, 2))
+        tail_two = (0, "none", True, 0.5, 0.5, 2.0, 2.0, "forward_kl", 0.5, True, True, False)
+        case("concatenated, labelled", backend.ctc_kd_loss_forward, y, x, labels, *lengths, *flags,
+             *tail_two)  # fmt: skip
+        case("posteriors", backend.ctc_posteriors, y, *rest, 0)
+    case("ctc_loss S = 400", backend.ctc_loss_forward, *ctc(2000, 2, 32, 400), 0, "mean", False,
+         True)  # fmt: skip
     case("ctc_align", backend.ctc_align, *ctc(500, 2, 32, 100), 0)
     for result in keys.values():
         print(json.dumps(result))

@@ -7,6 +7,7 @@ read there. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import functools
 from array import array
 
 import torch
@@ -35,7 +36,16 @@ _MOST_DIMS = 8  # of the rows' layout, in the kernels
 
 
 def supports(op: str, device_type: str) -> bool:
-    return _kernels is not None and op in OPS and device_type == DEVICE_TYPE
+    if _kernels is None or op not in OPS or device_type != DEVICE_TYPE:
+        return False
+    return DEVICE_TYPE != "cuda" or _compiled_for_every_gpu()
+
+
+@functools.cache
+def _compiled_for_every_gpu() -> bool:
+    """Of those that this process sees; the kernels need sm_80."""
+    gpus = range(torch.cuda.device_count())
+    return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in gpus)
 
 
 def _place(device: torch.device) -> tuple[int, int]:

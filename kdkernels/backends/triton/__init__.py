@@ -2,6 +2,8 @@
 TRITON_INTERPRET=1, which is slow and for tests.
 """
 
+import triton
+
 from .common import INTERPRETED
 from .ctc_align import ctc_align
 from .ctc_loss import ctc_kd_loss_forward, ctc_loss_forward, ctc_posteriors
@@ -20,5 +22,10 @@ __all__ = [
 ]
 
 
+# Before 3.4 the compiler refuses the recursion's kernels (and has no tl.gather before 3.3).
+NEW_ENOUGH = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 4)
+
+
 def supports(op, device_type):
-    return op in OPS and (device_type == "cuda" or (device_type == "cpu" and INTERPRETED))
+    here = INTERPRETED if device_type == "cpu" else device_type == "cuda" and NEW_ENOUGH
+    return op in OPS and here

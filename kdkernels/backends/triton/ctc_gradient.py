@@ -133,7 +133,9 @@ def ctc_gradient_kernel(
         inside = exists & (c + columns < C)
         if GRAD:
             grad = tl.zeros([ROWS, BLOCK_C], FLOAT)
-            if not POSTERIORS:
+            if POSTERIORS:
+                grad = tl.where(valid & (ctc_factor != ctc_factor), float("nan"), grad)
+            else:
                 x = load_tile(rows, c + columns, on, C, FLOAT)
                 grad = tl.where(on, tl.exp(x - top) * scale, 0.0)
         if KD:

@@ -32,10 +32,9 @@ class Problem:
         device = logits.device
         self.padded = targets.dim() == 2
         size = targets.shape[-1]
-        # Not by T, where the targets' shape tells: other frames must not compile again.
+        # Not by T, where the targets' shape tells: other frames must not compile again. It does not
+        # of concatenated ones whose lengths lie on the device.
         longest = size if self.padded else min(size, T)
-        if target_lengths.is_cpu and N and not INTERPRETED:
-            longest = min(longest, int(target_lengths.max()))
         # One blank more than labels, in whole lanes of up to four neighbours.
         self.width = max(16 if INTERPRETED else 32, triton.next_power_of_2(max(longest, 0) + 1))
         self.lanes = self.width if INTERPRETED else max(32, min(512, self.width // 4))

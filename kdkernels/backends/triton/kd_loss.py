@@ -115,15 +115,16 @@ def kd_loss_kernel(
     if FAST:
         scale = scalar(s_scale, tl.float32)
         student_factor = tl.where(used, grad_factor * s_scale, 0.0).to(tl.float32)
+        # Names of their own: the compiler wants one dtype of a name, and below it is float64.
         if ON_CHIP:
-            teacher = load_tile(teacher_rows, columns, used, C, tl.float32)
-            student = load_tile(student_rows, columns, used, C, tl.float32)
-            state, t_exp, s_exp = kl_tile(teacher, student, scale)
+            t_logits = load_tile(teacher_rows, columns, used, C, tl.float32)
+            s_logits = load_tile(student_rows, columns, used, C, tl.float32)
+            state, t_exp, s_exp = kl_tile(t_logits, s_logits, scale)
             change = tl.zeros([ROWS, 1], tl.float32)
             if tl.max((kl_near(state, scale) & used).to(tl.int32)) > 0:
-                change = kl_change(state, t_exp, teacher, student, scale)
+                change = kl_change(state, t_exp, t_logits, s_logits, scale)
             row = kl_end(state, change, scale)
-            term, grad = kl_terms_of(row, t_exp, s_exp, teacher, student, scale)
+            term, grad = kl_terms_of(row, t_exp, s_exp, t_logits, s_logits, scale)
             loss = row_sum(term).to(tl.float64)
             if STUDENT_GRAD:
                 tl.store(
@@ -135,9 +136,9 @@ def kd_loss_kernel(
             row = kl_row(teacher_rows, student_rows, used, C, scale, ROWS, BLOCK_C)
             loss = tl.zeros([ROWS, 1], tl.float64)
             for c in range(0, C, BLOCK_C):
-                teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
-                student = load_tile(student_rows, c + columns, used, C, tl.float32)
-                term, grad = kl_terms(row, teacher, student, scale)
+                t_logits = load_tile(teacher_rows, c + columns, used, C, tl.float32)
+                s_logits = load_tile(student_rows, c + columns, used, C, tl.float32)
+                term, grad = kl_terms(row, t_logits, s_logits, scale)
                 loss += row_sum(term).to(tl.float64)
                 if STUDENT_GRAD:
                     tl.store(

@@ -27,6 +27,8 @@ ROWS = r"(kl_kernelI(f|N.*BFloat16E)|kl_gradient_kernelIf).*ELb0EEE"
 KL = r"(kl_kernel|kl_gradient_kernel)I"
 STATISTICS = r"statistics_kernelI(f|N.*Float16E|S\d_)fLb"
 RECURSION = r"recursion_kernelIf"
+GRADIENT = r"\d\dgradient_kernelI"  # of CTC alone
+A_FEW = {"sm_80": 16, "sm_90": 0}  # bytes, of its variants with blocks of 1024 threads
 
 
 def _tool(name):
@@ -83,6 +85,13 @@ def test_nothing_spills(arch, kernels):
     chosen = {k: v for k, v in _resources(arch).items() if re.search(kernels, k)}
     assert chosen
     assert {k: v for k, v in chosen.items() if v} == {}
+
+
+@ARCHS
+def test_the_gradient_of_ctc_spills_next_to_nothing(arch):
+    stacks = [v for k, v in _resources(arch).items() if re.search(GRADIENT, k)]
+    assert stacks
+    assert max(stacks) <= A_FEW[arch]
 
 
 @ARCHS

@@ -135,8 +135,10 @@ def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
         "sits rounds out, but runs in five at the least. So it need not be the quotient of the two "
         "medians. On Linux this package asks for huge pages for its outputs; the others, copies "
         "too, have the pages that their allocator takes, 4 KB ones unless it is told otherwise "
-        f"(`GLIBC_TUNABLES={HUGE_PAGES}`). Logits of student and teacher are independent normal "
-        "numbers: no row is near convergence, where `kd_loss` takes longer. " + LEGEND,
+        f"(`GLIBC_TUNABLES={HUGE_PAGES}`). It also keeps the memory of a gradient of 1 MB and more "
+        "for the next one, where the others wait for new pages to be zeroed; the contender with "
+        "new memory is this package without that. Logits of student and teacher are independent "
+        "normal numbers: no row is near convergence, where `kd_loss` takes longer. " + LEGEND,
     ]
     for result in results:
         where = result["machine"].get("gpu") or result["machine"]["cpu"]

@@ -52,6 +52,35 @@ def test_a_manifest_and_its_offsets(folder):
     assert samples[0] == pytest.approx(0.25 * 32767, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"audio_filepath": "a\\u0000b.wav", "text": "a"}', "cannot be opened"),
+        (b'{"audio_filepath": "%s.wav", "text": "a"}' % (5000 * b"a"), "File name too long"),
+        (b'{"audio_filepath": "circle.wav", "text": "a"}', "circle.wav"),
+        (b'{"audio_filepath": "a.wav", "text": "a", "duration": 1%s}' % (400 * b"0"), "no number"),
+        (50000 * b"[", "no JSON: "),
+        (b'{"audio_filepath": "a.wav", "text": "caf\xe9"}', "no UTF-8"),
+    ],
+)
+def test_a_line_that_no_reader_expects(folder, line, message):
+    (folder / "circle.wav").symlink_to("circle.wav")
+    good = b'{"audio_filepath": "a.wav", "text": "one"}'
+    path = folder / "m.jsonl"
+    path.write_bytes(b"\r\n".join([good, line, good]))
+    with pytest.raises(TrainError, match=rf"1 of 3 lines(.|\n)*m\.jsonl, line 2: .*{message}"):
+        sources.read(str(path), True)
+    (shard,), skipped = sources.read(str(path), True, skip_bad=True)
+    assert (len(shard), skipped) == (2, 1)
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else(folder):
+    entry = {"audio_filepath": "a.wav", "text": "one\u2028two\u0085three"}
+    (folder / "m.jsonl").write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
+    (shard,), _ = sources.read(str(folder / "m.jsonl"), True)
+    assert [line.text for line in shard.lines] == ["one two three"]
+
+
 def test_a_kaldi_folder(folder):
     (folder / "wav.scp").write_text(f"u1 a.wav\nu2 {folder / 'b.flac'}\nu3 c.wav\n")
     (folder / "text").write_text("u2 TWO\nu1 One\nu3 three\n")

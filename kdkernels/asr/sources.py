@@ -10,6 +10,7 @@ Every line that cannot be used is reported with its place; it is left out only w
 
 import json
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -114,13 +115,23 @@ def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Rec
     return [Recorded(tuple(good[i : i + SHARD])) for i in range(0, len(good), SHARD)], len(bad)
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
+def _rows(path: Path) -> list[tuple[str, bytes]]:
     """(place, line) of a text file, empty lines left out."""
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        rows = path.read_bytes().split(b"\n")  # not `splitlines`: a text may hold U+2028
+    except OSError as error:
         raise TrainError(f"cannot read {path}: {error}") from error
-    return [(f"{path}, line {number}", row) for number, row in enumerate(rows, 1) if row.strip()]
+    numbered = enumerate(rows, 1)
+    return [
+        (f"{path}, line {i}", row) for i, row in numbered if row.decode(errors="replace").strip()
+    ]
+
+
+def _decoded(where: str, row: bytes) -> str:
+    try:
+        return row.decode().strip()
+    except UnicodeDecodeError as error:
+        raise BadLineError(f"{where}: no UTF-8 ({error}); write the file in UTF-8") from error
 
 
 def _text(where: str, text, transcripts: bool) -> str:
@@ -141,7 +152,7 @@ def _text(where: str, text, transcripts: bool) -> str:
 def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
     example = '{"audio_filepath": "a.wav", "duration": 3.1, "text": "hello"}'
 
-    def line(where: str, row: str) -> Line:
+    def line(where: str, row: bytes) -> Line:
         def bad(reason: str) -> BadLineError:
             return BadLineError(f"{where}: {reason}; expected e.g. {example}")
 
@@ -153,18 +164,19 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
                 raise bad(f"`{name}` is no number but {value!r}")
             try:
                 seconds = float(value)
-            except ValueError as error:
-                raise bad(f"`{name}` is no number but {value!r}") from error
+            except (ValueError, OverflowError) as error:
+                raise bad(f"`{name}` is no number but {value!r:.40}") from error
             if not 0 <= seconds < math.inf:
                 raise bad(f"`{name}` must be seconds from 0 on, got {value!r}")
             return seconds
 
+        written = _decoded(where, row)
         try:
-            entry = json.loads(row)
-        except ValueError as error:
+            entry = json.loads(written)
+        except (ValueError, RecursionError) as error:
             raise bad(f"no JSON: {error}") from error
         if not isinstance(entry, dict):
-            raise bad(f"no JSON object but {row.strip()[:40]}")
+            raise bad(f"no JSON object but {written[:40]}")
         for name in ("audio_filepath", *(["text"] if transcripts else [])):
             if name not in entry:
                 raise bad(f"`{name}` is missing")
@@ -174,23 +186,30 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         duration, offset = number("duration"), number("offset")
         if offset is not None and duration is None:
             raise bad("an `offset` needs a `duration`")
-        file = (path.parent / entry["audio_filepath"]).resolve()
         start = offset or 0.0
         end = None if duration is None else start + duration
         promise = "" if duration is None else f"`duration` promises {duration:.1f} s"
         promise += f" from {start:.1f} s on" if start else ""
-        _check(file, start, end, where, promise)
-        return Line(str(file), text, start, None if offset is None else end)
+        file = _checked(path.parent / entry["audio_filepath"], start, end, where, promise)
+        return Line(file, text, start, None if offset is None else end)
 
     for where, row in _rows(path):
         yield lambda where=where, row=row: line(where, row)
 
 
-def _check(file: Path, start: float, end: float | None, where: str, promise: str) -> None:
+def _checked(file: Path, start: float, end: float | None, where: str, promise: str) -> str:
+    """The file's whole path."""
     try:
+        file = file.resolve()
         audio.check(file, where, start, end, promise)
     except TrainError as error:
         raise BadLineError(str(error)) from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise BadLineError(
+            f"{where}: its file cannot be opened ({reason}); mend the path"
+        ) from error
+    return str(file)
 
 
 def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
@@ -200,9 +219,18 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
             "datasets.save_to_disk wrote, or a file of JSON lines"
         )
 
+    unusable: list[BadLineError] = []
+
     def entries(name: str) -> dict[str, tuple[str, str]]:
-        split = [(where, *row.split(maxsplit=1), "") for where, row in _rows(folder / name)]
-        return {key: (where, rest.strip()) for where, key, rest, *_ in split}
+        found: dict[str, tuple[str, str]] = {}
+        for where, row in _rows(folder / name):
+            try:
+                key, *rest = _decoded(where, row).split(maxsplit=1)
+            except BadLineError as error:
+                unusable.append(error)
+                continue
+            found[key] = where, "".join(rest)
+        return found
 
     recordings = entries("wav.scp")
     texts = entries("text") if transcripts else {}
@@ -228,10 +256,9 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         if transcripts and key not in texts:
             raise BadLineError(f"{where}: {folder / 'text'} has no line {key}")
         text = _text(*texts[key], transcripts) if transcripts else ""
-        file = Path(path) if Path(path).exists() else folder / path
+        file = Path(path) if os.path.exists(path) else folder / path
         promise = "" if stop is None else f"the segment ends at {stop:.1f} s"
-        _check(file, start, stop, where, promise)
-        return Line(str(file.resolve()), text, start, stop)
+        return Line(_checked(file, start, stop, where, promise), text, start, stop)
 
     utterances = recordings if segments is None else segments
 
@@ -239,6 +266,11 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         name = "wav.scp" if segments is None else "segments"
         raise BadLineError(f"{where}: {folder / name} has no line {key}")
 
+    def refused(error: BadLineError) -> Line:
+        raise error
+
+    for error in unusable:
+        yield lambda error=error: refused(error)
     for key, (where, row) in utterances.items():
         yield lambda key=key, where=where, row=row: line(key, where, row)
     for key, (where, _) in texts.items():

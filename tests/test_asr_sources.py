@@ -124,6 +124,27 @@ def test_a_bad_line_of_a_kaldi_folder(folder, capsys, name, text, message):
     assert "warning: 1 of 2 lines" in capsys.readouterr().err
 
 
+def test_lines_of_a_kaldi_folder_that_have_no_name_of_their_own(folder, capsys):
+    """Two lines for one recording, segment or transcript; one whose name no letters spell."""
+    (folder / "wav.scp").write_text("r1 a.wav\nr2 b.flac\nr1 b.flac\n")
+    (folder / "segments").write_text("s1 r1 0 0.2\ns1 r2 0 0.2\ns2 r2 0 0.2\n")
+    (folder / "text").write_bytes(b"s1 one\ns2 two\n\ns2 three\ncaf\xe9 four\n")
+    with pytest.raises(TrainError, match="4 of 6 lines of ") as error:
+        sources.read(str(folder), True)
+    for name, line, reason in (
+        ("wav.scp", 3, f"{folder / 'wav.scp'}, line 1 is for r1 too; keep one"),
+        ("segments", 2, f"{folder / 'segments'}, line 1 is for s1 too; keep one"),
+        ("text", 4, f"{folder / 'text'}, line 2 is for s2 too; keep one"),
+        ("text", 5, "no UTF-8"),
+    ):
+        assert f"{folder / name}, line {line}: {reason}" in str(error.value)
+    (shard,), skipped = sources.read(str(folder), True, skip_bad=True)
+    assert skipped == 4
+    assert [(line.path, line.text) for line in shard.lines] == [
+        (str(folder / "a.wav"), "one"), (str(folder / "b.flac"), "two")
+    ]  # fmt: skip
+
+
 def test_a_transcript_without_a_recording(folder):
     (folder / "wav.scp").write_text("u1 a.wav\nu2 b.flac\n")
     (folder / "text").write_text("u1 one\nu2 two\nu3 three\n")

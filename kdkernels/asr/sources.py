@@ -226,10 +226,11 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         for where, row in _rows(folder / name):
             try:
                 key, *rest = _decoded(where, row).split(maxsplit=1)
+                if key in found:
+                    raise BadLineError(f"{where}: {found[key][0]} is for {key} too; keep one")
+                found[key] = where, "".join(rest)
             except BadLineError as error:
                 unusable.append(error)
-                continue
-            found[key] = where, "".join(rest)
         return found
 
     recordings = entries("wav.scp")

@@ -81,6 +81,40 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(folder):
     assert [line.text for line in shard.lines] == ["one two three"]
 
 
+@pytest.mark.parametrize(
+    ("times", "samples"),
+    [
+        ({"duration": 0.25}, 4000),  # clearly shorter: as with "offset": 0
+        ({"duration": 0.25, "offset": 0}, 4000),
+        ({"duration": 0.48}, 8000),  # the whole file's, rounded
+        ({"duration": 0.52}, 8000),
+        ({"duration": 0.48, "offset": 0}, 7680),
+        ({"duration": 1 / 16000, "offset": 0.25}, 1),
+    ],
+)
+def test_a_duration_says_how_much_is_heard(folder, times, samples):
+    path = folder / "m.jsonl"
+    path.write_text(json.dumps({"audio_filepath": "a.wav", "text": "one", **times}))
+    ((_, found),) = heard(sources.read(str(path), True)[0])
+    assert len(found) == samples
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {"duration": 0},
+        {"duration": 0, "offset": 0.25},
+        {"duration": 2e-5, "offset": 0.25},
+        {"duration": 0.05, "offset": 0.5},  # from the end on
+    ],
+)
+def test_less_than_a_sample_is_a_bad_line(folder, times):
+    path = folder / "m.jsonl"
+    path.write_text(json.dumps({"audio_filepath": "a.wav", "text": "one", **times}))
+    with pytest.raises(TrainError, match=r"line 1: .*a\.wav has no sample between"):
+        sources.read(str(path), True)
+
+
 def test_a_kaldi_folder(folder):
     (folder / "wav.scp").write_text(f"u1 a.wav\nu2 {folder / 'b.flac'}\nu3 c.wav\n")
     (folder / "text").write_text("u2 TWO\nu1 One\nu3 three\n")
@@ -105,6 +139,7 @@ def test_a_kaldi_folder(folder):
         ("segments", "u1 u1 0 0.2\nu2 u2 0\n", "segments, line 2: expected `utterance recording"),
         ("segments", "u1 u1 0 0.2\nu2 u9 0 0.2\n", "segments, line 2: wav.scp has no recording u9"),
         ("segments", "u1 u1 0 0.2\nu2 u2 0.3 0.2\n", "segments, line 2: the segment ends before"),
+        ("segments", "u1 u1 0 0.2\nu2 u2 0.1 0.10001\n", "segments, line 2: .* has no sample"),
         (
             "segments",
             "u1 u1 0 0.2\nu2 u2 0 9\n",

@@ -20,8 +20,8 @@ FILTERS = 2**19  # taps of the resampling filters that are made and applied at o
 def check(
     path: Path, where: str, start: float = 0.0, end: float | None = None, promise: str = ""
 ) -> float:
-    """Seconds of an audio file; raises unless it is there, is audio, is whole, and reaches `end`,
-    as `promise` says. `where` names the manifest's line in the message.
+    """Seconds of an audio file; raises unless it is there, is audio, is whole, reaches `end`, as
+    `promise` says, and has a sample before it. `where` names the manifest's line in the message.
 
     Reads the header and the last sample, of a file that can hold them all numbers from `start` on.
     """
@@ -52,9 +52,13 @@ def check(
                 f"{where}: {path} is truncated: its header promises more; replace it or remove the "
                 "line"
             )
-        if end is not None and seconds < 0.95 * end - 0.1:
+        if end is not None and clearly_shorter(seconds, end):
             raise TrainError(
                 f"{where}: {path} has {seconds:.1f} s, but {promise}; replace it or mend the line"
+            )
+        if span(file, start, end)[1] < 1:
+            raise TrainError(
+                f"{where}: {path} has no sample between {start:g} s and {end:g} s; mend the line"
             )
         if not finite(file, start, end):
             raise TrainError(
@@ -63,13 +67,25 @@ def check(
     return seconds
 
 
+def clearly_shorter(seconds: float, others: float) -> bool:
+    """Whether by more than the rounding of a time that stands in a manifest."""
+    return seconds < 0.95 * others - 0.1
+
+
+def span(file: soundfile.SoundFile, start: float, end: float | None) -> tuple[int, int]:
+    """(first sample, number of samples) between two times, in seconds, as far as the file goes."""
+    first = min(round(start * file.samplerate), file.frames)
+    left = file.frames - first
+    return first, left if end is None else min(left, round((end - start) * file.samplerate))
+
+
 def finite(file: soundfile.SoundFile, start: float = 0.0, end: float | None = None) -> bool:
     """Whether every sample between two times, in seconds, is a number."""
     if file.subtype not in ("FLOAT", "DOUBLE"):
         return True
-    file.seek(min(round(start * file.samplerate), file.frames))
-    left = -1 if end is None else round((end - start) * file.samplerate)
-    blocks = file.blocks(1 << 16, frames=left, dtype="float32")
+    first, count = span(file, start, end)
+    file.seek(first)
+    blocks = file.blocks(1 << 16, frames=count, dtype="float32")
     return all(np.isfinite(block).all() for block in blocks)
 
 
@@ -98,13 +114,12 @@ def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndar
     """(float32 [samples, channels], rate) of a path or binary file, from start to stop seconds."""
     try:
         with soundfile.SoundFile(file) as opened:
-            rate = opened.samplerate
-            opened.seek(min(round(start * rate), opened.frames))
-            count = -1 if stop is None else round((stop - start) * rate)
+            first, count = span(opened, start, stop)
+            opened.seek(first)
             samples = opened.read(count, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise TrainError(f"{file} cannot be read as audio ({error})") from error
-    return samples, rate
+    return samples, opened.samplerate
 
 
 def check_finite(samples: np.ndarray, where: str) -> None:

@@ -190,18 +190,23 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         end = None if duration is None else start + duration
         promise = "" if duration is None else f"`duration` promises {duration:.1f} s"
         promise += f" from {start:.1f} s on" if start else ""
-        file = _checked(path.parent / entry["audio_filepath"], start, end, where, promise)
-        return Line(file, text, start, None if offset is None else end)
+        file = path.parent / entry["audio_filepath"]
+        file, seconds = _checked(file, start, end, where, promise)
+        # a duration alone is often the whole file's, rounded
+        part = offset is not None or (end is not None and audio.clearly_shorter(end, seconds))
+        return Line(file, text, start, end if part else None)
 
     for where, row in _rows(path):
         yield lambda where=where, row=row: line(where, row)
 
 
-def _checked(file: Path, start: float, end: float | None, where: str, promise: str) -> str:
-    """The file's whole path."""
+def _checked(
+    file: Path, start: float, end: float | None, where: str, promise: str
+) -> tuple[str, float]:
+    """(the file's whole path, its seconds)."""
     try:
         file = file.resolve()
-        audio.check(file, where, start, end, promise)
+        seconds = audio.check(file, where, start, end, promise)
     except TrainError as error:
         raise BadLineError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
@@ -209,7 +214,7 @@ def _checked(file: Path, start: float, end: float | None, where: str, promise: s
         raise BadLineError(
             f"{where}: its file cannot be opened ({reason}); mend the path"
         ) from error
-    return str(file)
+    return str(file), seconds
 
 
 def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
@@ -259,7 +264,7 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         text = _text(*texts[key], transcripts) if transcripts else ""
         file = Path(path) if os.path.exists(path) else folder / path
         promise = "" if stop is None else f"the segment ends at {stop:.1f} s"
-        return Line(_checked(file, start, stop, where, promise), text, start, stop)
+        return Line(_checked(file, start, stop, where, promise)[0], text, start, stop)
 
     utterances = recordings if segments is None else segments
 

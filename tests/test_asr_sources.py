@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def heard(shards):
     """[(text, samples)] of all shards, in order."""
-    return [(text, samples) for shard in shards for samples, text in shard.utterances()]
+    return [(text, samples) for shard in shards for samples, text in shard.utterances({})]
 
 
 def check(shards, texts=("one", "two", "three")):
@@ -204,6 +204,67 @@ def test_nothing_left_is_an_error(folder):
         sources.read(str(folder / "m.jsonl"), True, skip_bad=True)
 
 
+def damaged(content):
+    """A fiftieth of the file, in its middle, is something else."""
+    middle, size = len(content) // 2, len(content) // 50
+    return content[:middle] + size * b"U" + content[middle + size :]
+
+
+@pytest.fixture
+def half_bad(folder):
+    """A manifest: noise, of which the second and third file are damaged where no header tells."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for name in ("good.flac", "bad.flac", "bad.ogg", "good.wav"):
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(8 * 16000), 16000)
+        entries.append({"audio_filepath": name, "text": name[0] + name[-1], "duration": 8.0})
+    for name in ("bad.flac", "bad.ogg"):
+        (folder / name).write_bytes(damaged((folder / name).read_bytes()))
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder
+
+
+def test_audio_that_is_damaged_in_the_middle_is_named_or_left_out(half_bad, capsys):
+    shards, skipped = sources.read(str(half_bad / "m.jsonl"), True)
+    assert skipped == 0
+    arguments = shards, half_bad / "cache", 1, lambda n: None
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(
+            TrainError, match=r"2 of 4 recordings cannot be used; .*skip-bad"
+        ) as error:
+            data.load(*arguments)
+        flac, ogg = str(error.value).splitlines()[1:]
+        assert f"m.jsonl, line 2: {half_bad / 'bad.flac'} cannot be read as audio" in flac
+        assert f"m.jsonl, line 3: {half_bad / 'bad.ogg'} is damaged: of 128000 samples" in ogg
+    loaded = data.load(*arguments, skip_bad=True)
+    assert capsys.readouterr().err.startswith("warning: 2 of 4 recordings cannot be used and are")
+    assert loaded.texts == ["gc", "gv"]
+    assert loaded.seconds == 16
+    heard = dict(loaded.samples())
+    for i, name in enumerate(("good.flac", "good.wav")):
+        assert np.array_equal(heard[i], soundfile.read(half_bad / name, dtype="int16")[0])
+    noisy = [data.Noisy(shard, 20.0, 0) for shard in shards]
+    with pytest.raises(TrainError, match=r"m\.jsonl, line 2: "):
+        data.load(noisy, *arguments[1:])
+
+
+def test_a_shard_without_a_good_recording(half_bad):
+    (shard,), _ = sources.read(str(half_bad / "m.jsonl"), True)
+    shards = [sources.Recorded(shard.lines[1:3]), sources.Recorded(shard.lines[3:])]
+    arguments = half_bad / "cache", 1, lambda n: None
+    assert data.load(shards, *arguments, skip_bad=True).texts == ["gv"]
+    with pytest.raises(TrainError, match="no recording of a set can be used"):
+        data.load(shards[:1], *arguments, skip_bad=True)
+
+
+def test_a_damaged_part_is_no_harm_to_the_others(half_bad):
+    line = {"audio_filepath": "bad.flac", "text": "a", "duration": 1.0}
+    (half_bad / "m.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "offset": 3.5}))
+    shards, _ = sources.read(str(half_bad / "m.jsonl"), True)
+    with pytest.raises(TrainError, match=r"1 of 2 recordings(.|\n)*line 2: "):
+        data.load(shards, half_bad / "cache", 1, lambda n: None)
+
+
 def hugging_face(folder, **columns):
     rows = datasets.Dataset.from_dict(columns)
     rows.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(str(folder / "hf"))
@@ -241,6 +302,14 @@ def test_a_row_whose_samples_are_no_numbers_is_named(folder):
     spec = hugging_face(folder, audio=items, text=["one"])
     with pytest.raises(TrainError, match="hf, row 0: samples that are no numbers"):
         sources.read(spec, True)
+
+
+def test_a_row_that_is_damaged_in_the_middle_is_named(half_bad):
+    items = [{"bytes": (half_bad / "bad.ogg").read_bytes(), "path": None}]
+    spec = hugging_face(half_bad, audio=items, text=["one"])
+    shards, _ = sources.read(spec, True)
+    with pytest.raises(TrainError, match="hf, row 0: is damaged"):
+        data.load(shards, half_bad / "cache", 1, lambda n: None)
 
 
 def test_samples_are_looked_at_where_they_are_used(folder):

@@ -253,6 +253,20 @@ def test_samples_that_are_no_numbers(recordings, capsys):
     assert "left out: 0" not in report
 
 
+def test_audio_that_is_damaged_in_the_middle(recordings, capsys):
+    folder, _, arguments = recordings
+    content = bytearray((folder / "a2.flac").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = 500 * b"U"
+    (folder / "a2.flac").write_bytes(content)
+    assert train.main(arguments) == 2
+    assert f"transcribed.jsonl, line 3: {folder / 'a2.flac'} cannot" in capsys.readouterr().err
+    assert train.main([*arguments, "--skip-bad"]) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())["corpus"]
+    assert report["skipped"] == {"transcribed": 1, "untranscribed": 1, "test": 1}
+    assert report["utterances"]["test"] == 5
+
+
 def test_recordings_of_nothing_are_warned_of(recordings, capsys):
     folder, _, arguments = recordings
     for name in ("a0.wav", "a1.wav"):

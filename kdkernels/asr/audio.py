@@ -111,21 +111,20 @@ def header(file) -> None:
 
 
 def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], rate) of a path or binary file, from start to stop seconds."""
+    """(float32 [samples, channels], rate) of a path or binary file, from start to stop seconds.
+
+    Raises OSError or ValueError where it is no audio or damaged.
+    """
     try:
         with soundfile.SoundFile(file) as opened:
             first, count = span(opened, start, stop)
             opened.seek(first)
             samples = opened.read(count, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise TrainError(f"{file} cannot be read as audio ({error})") from error
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"cannot be read as audio ({error})") from error
+    if len(samples) < count:
+        raise ValueError(f"is damaged: of {count} samples {len(samples)} can be read")
     return samples, opened.samplerate
-
-
-def check_finite(samples: np.ndarray, where: str) -> None:
-    """Raises where a sample is NaN or infinite; `where` names the recording."""
-    if not np.isfinite(samples).all():
-        raise TrainError(f"{where} holds samples that are no numbers; replace it")
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:

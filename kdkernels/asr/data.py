@@ -26,9 +26,9 @@ from torch import Tensor
 from . import audio, corpus, features
 from .espeak import Espeak, paths
 from .files import TrainError, digest, load_tensors, save_tensors
-from .sources import SHARD, Recorded
+from .sources import SHARD, Recorded, tell
 
-FORMAT = 1  # to be raised whenever the samples or the features change
+FORMAT = 2  # to be raised whenever the samples or the features change
 
 
 # ---- what a shard is made of: picklable, and callable in a fresh process -------------------------
@@ -49,8 +49,8 @@ class Synthesised:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def utterances(self) -> Iterator[tuple]:
-        """Yields (samples int16 [samples], text)."""
+    def utterances(self, bad: dict[int, str]) -> Iterator[tuple]:
+        """Yields (samples int16 [samples], text); none is bad."""
         espeak = Espeak()
         for index in range(self.start, self.stop):
             spoken = corpus.utterance(self.seed, self.split, index)
@@ -71,8 +71,11 @@ class Noisy:
     def __len__(self) -> int:
         return len(self.source)
 
-    def utterances(self) -> Iterator[tuple]:
-        for index, (samples, text) in enumerate(self.source.utterances()):
+    def where(self, number: int) -> str:
+        return self.source.where(number)
+
+    def utterances(self, bad: dict[int, str]) -> Iterator[tuple]:
+        for index, (samples, text) in enumerate(self.source.utterances(bad)):
             rng = np.random.default_rng([self.seed, index])
             speech = samples.astype(np.float32) / 32768
             loud = audio.add_noise(speech, self.snr, rng.uniform(0, 2), rng)
@@ -97,7 +100,7 @@ class Dataset:
     seconds: float  # of audio
     key: str  # of what the utterances are
     sha256: str  # of the samples and texts
-    places: list[tuple[Source, int]]  # the source of each utterance, and which of its utterances
+    places: list[tuple[Source, int]]  # the source of each utterance, and which of those it yields
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -177,31 +180,35 @@ def make_shard(source: Source, path: Path) -> None:
     """Samples -> features -> one file. Runs in a process of its own."""
     torch.set_num_threads(1)
     rows, texts, samples_seen, sha256 = [], [], 0, hashlib.sha256()
-    for samples, text in source.utterances():
+    bad: dict[int, str] = {}
+    for samples, text in source.utterances(bad):
         rows.append(features.log_mel(torch.from_numpy(samples)))
         texts.append(text)
         samples_seen += len(samples)
         sha256.update(samples.tobytes() + text.encode() + b"\0")
     tensors = {
-        "features": torch.cat(rows),
-        "lengths": torch.tensor([len(row) for row in rows]),
+        "features": torch.cat([torch.empty(0, features.MELS, dtype=torch.float16), *rows]),
+        "lengths": torch.tensor([len(row) for row in rows], dtype=torch.int64),
     }
     seconds = samples_seen / audio.SAMPLE_RATE
     facts = {"texts": texts, "seconds": seconds, "sha256": sha256.hexdigest()}
-    save_tensors(path, tensors, shard_key(source), **facts)
+    save_tensors(path, tensors, shard_key(source), bad=list(bad.items()), **facts)
 
 
 def _make_samples(source: Source, path: Path) -> None:
     """What `Dataset.samples` reads. Runs in a process of its own."""
-    rows = [torch.from_numpy(samples) for samples, _ in source.utterances()]
+    rows = [torch.from_numpy(samples) for samples, _ in source.utterances({})]
     lengths = torch.tensor([len(row) for row in rows])
     save_tensors(path, {"samples": torch.cat(rows), "lengths": lengths}, "")
 
 
-def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> Dataset:
+def load(
+    sources: list[Source], folder: Path, workers: int, done: Callable, skip_bad: bool = False
+) -> Dataset:
     """All utterances of `sources`, from `folder`; missing shards are made first.
 
-    `done(n)` is called after every n utterances, for a progress bar.
+    `done(n)` is called after every n utterances, for a progress bar. Raises TrainError, naming all
+    audio that cannot be read to its end, unless `skip_bad`: then it is named on stderr.
     """
     keys = [shard_key(source) for source in sources]
     files = [folder / f"features-{key[:16]}.safetensors" for key in keys]
@@ -211,21 +218,26 @@ def load(sources: list[Source], folder: Path, workers: int, done: Callable) -> D
         if found is None:
             _in_fresh_process(make_shard, sources[i], files[i])
             found = load_tensors(files[i], keys[i])
-        done(len(found[1]["texts"]))
+        done(len(sources[i]))
         return found
 
-    rows, texts, seconds = [], [], 0.0
+    rows, texts, seconds, places, bad = [], [], 0.0, [], []
     pool = ThreadPoolExecutor(workers)
     try:
-        for tensors, facts in pool.map(shard, range(len(sources))):
+        made = pool.map(shard, range(len(sources)))
+        for source, (tensors, facts) in zip(sources, made, strict=True):
             rows += tensors["features"].split(tensors["lengths"].tolist())
+            places += [(source, row) for row in range(len(facts["texts"]))]
+            bad += [f"{source.where(number)}: {reason}" for number, reason in facts["bad"]]
             texts += facts["texts"]
             seconds += facts["seconds"]
             keys.append(facts["sha256"])
     finally:
         pool.shutdown(cancel_futures=True)
+    tell(bad, f"{len(bad)} of {len(bad) + len(rows)} recordings cannot be used", skip_bad)
+    if not rows:
+        raise TrainError("no recording of a set can be used; give others")
     shards = len(sources)
-    places = [(source, row) for source in sources for row in range(len(source))]
     return Dataset(rows, texts, seconds, digest(keys[:shards]), digest(keys[shards:]), places)
 
 

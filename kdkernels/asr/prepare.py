@@ -27,9 +27,11 @@ def prepare(settings: Settings, cache: Path, more_characters: str) -> data.Corpo
     total = sum(len(shard) for several in shards.values() for shard in several)
     with progress(total, "speech and features", "utt") as bar:
         sets = {
-            split: data.load(several, cache, settings.workers, bar.update)
+            split: data.load(several, cache, settings.workers, bar.update, settings.skip_bad)
             for split, several in shards.items()
         }
+    for split in skipped:
+        skipped[split] += sum(map(len, shards[split])) - len(sets[split])
     for split, loaded in sets.items():
         if quiet := sum(map(features.silent, loaded.features)):
             warn(

@@ -6,6 +6,7 @@
     table             what has rows: a Hugging Face dataset on disk, a torchaudio dataset
 
 Every line that cannot be used is reported with its place; it is left out only when asked for.
+Whether audio can be decoded to its end shows when its features are made.
 """
 
 import json
@@ -26,6 +27,8 @@ from .tables import is_hugging_face, open_table
 
 SHARD = 250
 SHOWN = 20  # of the bad lines
+# what damaged audio brings up, in a file or a table
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError)
 # Apostrophes, and the joiners that only shape letters.
 SPELT_ALIKE = {0x2019: "'", 0x02BC: "'", 0xFF07: "'", 0x200C: None, 0x200D: None, 0x00AD: None}
 
@@ -48,6 +51,21 @@ class Line(NamedTuple):
     start: float = 0.0
     stop: float | None = None
     row: int | None = None
+    where: str = ""  # of the line, for messages
+
+    def decoded(self) -> tuple[np.ndarray, int]:
+        """(float [samples, channels], rate). Raises ValueError where they cannot be read whole."""
+        try:
+            if self.row is None:
+                samples, rate = audio.decode(Path(self.path), self.start, self.stop)
+            else:
+                samples, rate = open_table(self.path).audio(self.row)
+            if not np.isfinite(samples).all():
+                raise ValueError("holds samples that are no numbers")
+        except UNREADABLE as error:
+            what = f"{self.path} " if self.row is None else ""
+            raise ValueError(f"{what}{error}; replace it or remove the line") from error
+        return samples, rate
 
 
 @dataclass(frozen=True)
@@ -63,21 +81,24 @@ class Recorded:
             stat = Path(line.path).stat()
             return stat.st_size, stat.st_mtime_ns
 
-        return [[tuple(line) for line in self.lines], [stamp(line) for line in self.lines]]
+        lines = [line._replace(where="") for line in self.lines]
+        return [lines, [stamp(line) for line in lines]]
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def utterances(self) -> Iterator[tuple[np.ndarray, str]]:
-        """Yields (samples int16 [samples] at 16 kHz, text)."""
-        for line in self.lines:
-            if line.row is None:
-                where = line.path
-                samples, rate = audio.decode(Path(line.path), line.start, line.stop)
-            else:
-                where = f"{line.path}, row {line.row}"
-                samples, rate = open_table(line.path).audio(line.row)
-            audio.check_finite(samples, where)
+    def where(self, number: int) -> str:
+        return self.lines[number].where
+
+    def utterances(self, bad: dict[int, str]) -> Iterator[tuple[np.ndarray, str]]:
+        """Yields (samples int16 [samples] at 16 kHz, text); puts into `bad` the numbers of the
+        lines that cannot be read, with the reason."""
+        for number, line in enumerate(self.lines):
+            try:
+                samples, rate = line.decoded()
+            except ValueError as error:
+                bad[number] = str(error)
+                continue
             yield audio.mono(samples, rate), line.text
 
 
@@ -103,16 +124,20 @@ def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Rec
             good.append(line())
         except BadLineError as error:
             bad.append(str(error))
-    if bad:
-        more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        listed = "\n  ".join([*bad[:SHOWN], *more])
-        count = f"{len(bad)} of {len(good) + len(bad)} lines of {spec} cannot be used"
-        if not skip_bad:
-            raise TrainError(f"{count}; mend them, or leave them out with --skip-bad:\n  {listed}")
-        print(f"warning: {count} and are left out:\n  {listed}", file=sys.stderr)
+    tell(bad, f"{len(bad)} of {len(good) + len(bad)} lines of {spec} cannot be used", skip_bad)
     if not good:
         raise TrainError(f"{spec} has no utterance that can be used; write one per line")
     return [Recorded(tuple(good[i : i + SHARD])) for i in range(0, len(good), SHARD)], len(bad)
+
+
+def tell(bad: list[str], count: str, skip_bad: bool) -> None:
+    """Raises TrainError with the bad lines, if there are any; only names them where skipped."""
+    if bad:
+        more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        listed = "\n  ".join([*bad[:SHOWN], *more])
+        if not skip_bad:
+            raise TrainError(f"{count}; mend them, or leave them out with --skip-bad:\n  {listed}")
+        print(f"warning: {count} and are left out:\n  {listed}", file=sys.stderr)
 
 
 def _rows(path: Path) -> list[tuple[str, bytes]]:
@@ -194,7 +219,7 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         file, seconds = _checked(file, start, end, where, promise)
         # a duration alone is often the whole file's, rounded
         part = offset is not None or (end is not None and audio.clearly_shorter(end, seconds))
-        return Line(file, text, start, end if part else None)
+        return Line(file, text, start, end if part else None, where=where)
 
     for where, row in _rows(path):
         yield lambda where=where, row=row: line(where, row)
@@ -264,7 +289,8 @@ def _kaldi(folder: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         text = _text(*texts[key], transcripts) if transcripts else ""
         file = Path(path) if os.path.exists(path) else folder / path
         promise = "" if stop is None else f"the segment ends at {stop:.1f} s"
-        return Line(_checked(file, start, stop, where, promise)[0], text, start, stop)
+        file, _ = _checked(file, start, stop, where, promise)
+        return Line(file, text, start, stop, where=where)
 
     utterances = recordings if segments is None else segments
 
@@ -292,9 +318,9 @@ def _table(spec: str, transcripts: bool) -> Iterator[Callable[[], Line]]:
         try:
             text = table.text(row) if transcripts else ""
             table.check(row)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise BadLineError(f"{where}: {error}") from error
-        return Line(spec, _text(where, text, transcripts), row=row)
+        return Line(spec, _text(where, text, transcripts), row=row, where=where)
 
     for row in range(len(table)):
         yield lambda row=row: line(row)

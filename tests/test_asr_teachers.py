@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_train import TINY
 
 from kdkernels import train
@@ -147,6 +148,47 @@ def test_a_teacher_saved_with_its_processor(tmp_path):
     (tmp_path / "processor_config.json").unlink(missing_ok=True)
     with pytest.raises(TrainError, match="hears 8000 Hz"):
         teachers.open_teachers([str(tmp_path)])
+
+
+@pytest.mark.parametrize("kept", [0, 8, 0.5, -100])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_that_are_cut_short(tmp_path, kept, pickled):
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    path = tmp_path / "model.safetensors"
+    if pickled:
+        weights = load_file(path)
+        path.unlink()
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(weights, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: kept if kept != 0.5 else len(whole) // 2])
+    with pytest.raises(TrainError, match=f"{tmp_path} is no Hugging Face CTC model: ."):
+        teachers.open_teachers([str(tmp_path)])
+
+
+def test_weights_of_another_size_than_the_settings(tmp_path):
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    with pytest.raises(TrainError, match=r"not all that config\.json asks for: lm_head\.weight"):
+        teachers.open_teachers([str(tmp_path)])
+
+
+def test_a_model_without_a_ctc_head_is_refused(tmp_path):
+    """Transformers would give it a random one."""
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path).wav2vec2.save_pretrained(tmp_path)
+    with pytest.raises(TrainError, match=r"lm_head\.bias, lm_head\.weight would be random"):
+        teachers.open_teachers([str(tmp_path)])
+
+
+def test_a_model_without_what_only_training_needs_is_taken(tmp_path):
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["wav2vec2.masked_spec_embed"]
+    save_file(weights, path, {"format": "pt"})
+    assert teachers.open_teachers([str(tmp_path)])
 
 
 def test_an_unfitting_alphabet_is_told_before_the_training(tmp_path, capsys):

@@ -191,6 +191,19 @@ def test_a_model_without_what_only_training_needs_is_taken(tmp_path):
     assert teachers.open_teachers([str(tmp_path)])
 
 
+@pytest.mark.parametrize("samples", [1, 320, 399, 400, 719, 720])
+def test_an_utterance_shorter_than_a_frame_is_followed_by_silence(tmp_path, samples):
+    """The convolutions of wav2vec 2.0 make a frame of 400 samples, and one more of every 320."""
+    save(tmp_path, "Wav2Vec2", TOKENS)
+    ((teacher, _),) = teachers.open_teachers([str(tmp_path)])
+    noise = torch.randint(-3000, 3000, (samples,), generator=torch.Generator().manual_seed(0))
+    utterances = types.SimpleNamespace(samples=lambda: iter([(0, noise.short())]))
+    ((_, logits),) = teacher.logits(utterances, CPU)
+    assert logits.shape == (1 + (samples >= 720), len(TOKENS))
+    assert logits.isfinite().all()
+    assert len(teachers.to_rate(logits, 50.0, 1, 100 / 3)) == 1  # the student's one frame
+
+
 def test_an_unfitting_alphabet_is_told_before_the_training(tmp_path, capsys):
     save(tmp_path / "teacher", "Wav2Vec2", ["a", "|", "<pad>"])
     command = [*TINY, "--teachers", str(tmp_path / "teacher"), "--out", str(tmp_path / "out")]

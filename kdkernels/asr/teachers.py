@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import files, training
@@ -51,10 +52,12 @@ class Own:
 
 
 class Foreign:
-    """A model that reads samples at 16 kHz, one utterance at a time: nothing is padded."""
+    """A model that reads samples at 16 kHz, one utterance at a time: nothing is padded but what is
+    shorter than `least` samples, of which it makes its first frame."""
 
-    def __init__(self, model, labels: list, hop: int, normalise: bool):
+    def __init__(self, model, labels: list, hop: int, normalise: bool, least: int = 400):
         self.model, self.labels, self._normalise = model.eval(), labels, normalise
+        self._least = least
         self.frames_per_second = SAMPLE_RATE / hop
         self.sha256 = files.tensors_digest(dict(model.state_dict()))
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -66,6 +69,7 @@ class Foreign:
             audio = samples.float() / 32768
             if self._normalise:
                 audio = (audio - audio.mean()) / (audio.var(correction=0) + 1e-7).sqrt()
+            audio = F.pad(audio, (0, max(0, self._least - len(audio))))
             made = self.model(audio[None].to(on.device))
             yield index, (made.logits if hasattr(made, "logits") else made[0])[0].float().cpu()
 
@@ -90,6 +94,10 @@ def hugging_face(folder: Path) -> Foreign:
                 f"its weights are not all that config.json asks for: {names} would be random; give "
                 "a model that was saved with its CTC head"
             )
+        hop, least = model.config.inputs_to_logits_ratio, 1
+        convolutions = zip(model.config.conv_kernel, model.config.conv_stride, strict=True)
+        for kernel, stride in reversed(list(convolutions)):
+            least = (least - 1) * stride + kernel
         tokens = json.loads((folder / "vocab.json").read_text())
         if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
             raise ValueError("vocab.json is no table of one language's tokens and their numbers")
@@ -106,8 +114,7 @@ def hugging_face(folder: Path) -> Foreign:
             labels[i] = token
     blank = model.config.pad_token_id
     labels = [_label(str(folder), x, i == blank) for i, x in enumerate(labels)]
-    hop = model.config.inputs_to_logits_ratio
-    return Foreign(model, labels, hop, getattr(extractor, "do_normalize", True))
+    return Foreign(model, labels, hop, getattr(extractor, "do_normalize", True), least)
 
 
 def torchaudio_bundle(name: str) -> Foreign:

@@ -52,6 +52,13 @@ def test_stereo_of_any_rate_is_read_as_mono_at_16_khz(tmp_path, suffix):
     assert samples[8000] == pytest.approx(0.375 * 32767, abs=40)
 
 
+@pytest.mark.parametrize("loudness", [0.5, 1.0, 1.5, 32768.0])
+def test_samples_beyond_one_are_not_cut_off(loudness):
+    tone = np.sin(2 * np.pi * 440 * np.arange(1, 8001) / audio.SAMPLE_RATE)  # reaches 1
+    samples = audio.mono((loudness * tone).astype(np.float32)[:, None], audio.SAMPLE_RATE)
+    np.testing.assert_allclose(samples, min(loudness, 1.0) * 32767 * tone, atol=1)
+
+
 def test_features_are_normalised_and_loudness_does_not_matter():
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(16000, generator=generator) * 4000

@@ -128,8 +128,12 @@ def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndar
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
-    """float32 [samples, channels] at `rate` -> int16 [samples] at 16 kHz."""
-    return to_int16(resample(np.ascontiguousarray(samples.mean(1)), rate))
+    """float32 [samples, channels] at `rate` -> int16 [samples] at 16 kHz.
+
+    What goes beyond [-1, 1] is made quieter as a whole: features do not depend on loudness.
+    """
+    mixed = samples.mean(1)
+    return to_int16(resample(mixed / np.abs(mixed).max(initial=1.0), rate))
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:

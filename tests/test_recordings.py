@@ -128,6 +128,19 @@ def test_nothing_is_lost(run, tmp_path, capsys):
     assert "cannot write into the folder" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    soundfile.write(tmp_path / "a.wav", np.zeros(RATE), RATE)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    # without a model: none is asked
+    assert recordings.run([tmp_path / "a.wav"], None, False, 0.5, 1.5, None) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write into the folder {tmp_path}: Permission denied" in said
+    assert "--out" in said
+
+
 def test_recordings_that_differ_in_their_suffix_alone(run, tmp_path):
     names = ("a.wav", "a.flac", "b.wav")
     for name in names:

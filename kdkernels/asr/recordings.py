@@ -68,6 +68,7 @@ def transcribe(
     head = next(pieces, None)
     if head is None:
         raise files.TrainError(f"{path} holds no audio")
+    files.check_writable(outputs[0].parent)
     rate, samples = head[1], 0
     with progress(None, path.name, "s", leave=False) as bar:
 

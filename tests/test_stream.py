@@ -82,6 +82,25 @@ def test_words_come_as_soon_as_they_are_final(monkeypatch, capsys, run, recognis
     assert f"{ahead:.2f} s are what the model must hear after it" in said.err
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_words_do_not_wait_in_a_buffer(monkeypatch, run, long, form):
+    """What had been written when the stream ended, into a pipe that keeps some 8 KB back."""
+    out, there = io.TextIOWrapper(io.BytesIO()), []
+
+    class Watched(Pipe):
+        def read(self, size):
+            data = super().read(size)
+            if not data:
+                there.append(out.buffer.getvalue().decode())
+            return data
+
+    monkeypatch.setattr(sys, "stdout", out)
+    source = Watched(pcm(long[0][: 10 * RATE]))
+    monkeypatch.setattr(sys, "stdin", type("Input", (), {"buffer": source})())
+    assert call("--stream", "--model", run, *form) == 0
+    assert len(there[0].split()) > 5
+
+
 def test_what_follows_the_look_ahead_changes_no_word(recogniser, long):
     samples = long[0][: 20 * RATE].copy()
     cut = 10 * RATE

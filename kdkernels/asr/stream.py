@@ -123,7 +123,7 @@ def run(
         count, lag = count + 1, samples / rate - word.end
         if as_json:
             line = {**captions.facts(word), "latency": round(lag, 3)}
-            print(json.dumps(line, ensure_ascii=False))
+            print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
             pause = before is not None and word.start - before >= captions.PARAGRAPH
             gap = "" if before is None else "\n" if pause else " "

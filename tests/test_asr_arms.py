@@ -168,6 +168,9 @@ def test_every_arm_and_every_teacher(tmp_path, capsys):
     assert report["noisy_wer"].keys() == {"student_distilled", "student_noisy"}
     assert report["loss_ms"]["difference"] < 1e-5
     assert "ssl" in report["curves"]
+    for name, shift in (("streaming", 4), ("streaming_alone", 0), ("distilled", 0)):
+        encoder, _ = model.read_encoder(tmp_path / f"student_{name}.safetensors")
+        assert encoder.shift == shift
 
 
 def test_no_utterance_that_the_teacher_is_sure_of(tmp_path, capsys):

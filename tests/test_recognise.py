@@ -1,5 +1,6 @@
 """Audio in windows, as one pass over it would read it; words, their times and confidences."""
 
+import copy
 import itertools
 import random
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tones import RATE, in_blocks, sentence, tones
 
-from kdkernels.asr import audio, features, model, recognise
+from kdkernels.asr import audio, features, files, model, recognise
 
 
 def test_windows_put_together_are_the_stream():
@@ -199,6 +200,32 @@ def test_a_known_transcript_is_aligned(recogniser, long):
     assert " ".join(word.text for word in words) == text
     assert max(abs(w.start - start) for w, start in zip(words, starts, strict=True)) < 0.12
     assert recognise.align(scores[:3], text, recogniser) == []
+
+
+def test_words_of_a_late_student_have_the_times_at_which_they_are_said(recogniser, long):
+    samples, text, starts, ends = long
+    encoder = copy.deepcopy(recogniser.encoder)
+    encoder.shift = 7
+    late = recogniser._replace(encoder=encoder)
+    with torch.no_grad():
+        scores = torch.cat(list(recognise.frames(recogniser, [samples], RATE)))
+        delayed = torch.cat([scores[:1].expand(7, -1), scores])  # seven frames of the first silence
+    for words in (list(recognise.words([delayed], late)), recognise.align(delayed, text, late)):
+        for word, start, end in zip(words, starts, ends, strict=True):
+            assert abs(word.start - start) < 0.12
+            assert abs(word.end - end) < 0.12
+    early = recognise.align(scores, text, late)
+    assert all(0 <= word.start <= word.end for word in early)
+    ahead = recognise.look_ahead(recogniser)
+    assert recognise.look_ahead(late) == pytest.approx(ahead + 7 * 0.03)
+
+
+@pytest.mark.parametrize(("shape", "shift"), [([16, 2, 6, 4, 2], 0), ([16, 2, 6, 4, 2, 5], 5)])
+def test_a_file_says_how_late_its_student_is(tmp_path, shape, shift):
+    """One of an earlier version does not."""
+    tensors = model.Encoder(*shape).state_dict()
+    files.save_tensors(tmp_path / "a.safetensors", tensors, "key", shape=shape, alphabet="abcde")
+    assert recognise.load(tmp_path / "a.safetensors").shift == pytest.approx(shift * 0.03)
 
 
 def test_a_wrong_word_is_less_certain(recogniser):

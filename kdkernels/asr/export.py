@@ -3,7 +3,7 @@
 Inputs `features` float32 [N, frames, MELS] and `lengths` int64 [N], as the encoder's; outputs
 `logits` float32 [N, frames // STACK, C] and `logit_lengths` int64 [N]. N and frames are free. The
 model's metadata, "kdkernels", is JSON: the alphabet (class 0 is blank, class i its character
-i - 1), and what the features are.
+i - 1), by how many frames labels come late, and what the features are.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def export(recogniser: Recogniser, path: Path) -> float:
     facts = {
         "alphabet": recogniser.alphabet.characters,
         "frames_per_second": recogniser.encoder.frames_per_second,
+        "frame_shift": recogniser.encoder.shift,
         "sample_rate": audio.SAMPLE_RATE,
         "mels": features.MELS,
         "hop": features.HOP,

@@ -63,12 +63,20 @@ class Encoder(nn.Module):
     frames_per_second = FRAMES_PER_SECOND / STACK
 
     def __init__(
-        self, width: int, layers: int, classes: int, chunk: int | None = None, left: int = 0
+        self,
+        width: int,
+        layers: int,
+        classes: int,
+        chunk: int | None = None,
+        left: int = 0,
+        shift: int = 0,
     ):
         """`chunk`: a streaming encoder, causal but for attention within chunks of that many frames
-        of logits and `left` chunks before; None: an encoder that sees everything around a frame."""
+        of logits and `left` chunks before; None: an encoder that sees everything around a frame.
+        `shift`: frames by which it learns to say things later than they are said."""
         super().__init__()
-        self.shape = [width, layers, classes, *([] if chunk is None else [chunk, left])]
+        self.shape = [width, layers, classes, *([] if chunk is None else [chunk, left, shift])]
+        self.shift = shift
         self.stem = nn.Linear(STACK * MELS, width)
         self.blocks = nn.ModuleList()
         for i in range(layers):

@@ -60,6 +60,11 @@ class Recogniser(NamedTuple):
         """Seconds of one frame of logits."""
         return 1 / self.encoder.frames_per_second
 
+    @property
+    def shift(self) -> float:
+        """Seconds by which a streaming encoder's labels come later than another's."""
+        return self.encoder.shift * self.frame
+
 
 def load(path: Path) -> Recogniser:
     """A model that `python -m kdkernels.train` wrote; of its folder, the distilled student.
@@ -83,14 +88,15 @@ def load(path: Path) -> Recogniser:
 
 
 def look_ahead(recogniser: Recogniser) -> float:
-    """Seconds of audio after the end of a frame of logits that must be heard before it is known.
+    """Seconds of audio after the end of a word that must be heard before its frames are known.
 
-    What the encoder reads after a frame, the frames that normalise, half a window of the spectrum.
+    By how much they come later, what the encoder reads after a frame, the frames that normalise,
+    half a window of the spectrum.
     """
     window = features.FFT / audio.SAMPLE_RATE
     encoder = recogniser.encoder
     frames = (encoder.future + encoder.chunk) * STACK - 1 + AFTER + NEAR + PEAK
-    return frames / features.FRAMES_PER_SECOND + window / 2
+    return recogniser.shift + frames / features.FRAMES_PER_SECOND + window / 2
 
 
 def overlapping(
@@ -249,6 +255,7 @@ def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0)
     path, score = kd.ctc_align(scores, encoded, len(scores), len(encoded))
     if not score.isfinite():
         return []
+    start -= recogniser.shift
     words: list[Word] = []
     for letters in _runs(path.tolist(), recogniser.alphabet):
         word = "".join(character for character, _, _ in letters)

@@ -265,7 +265,8 @@ def train_student(
     parts = pools(experiment, arm, opened)
     shape = [settings.student_width, settings.student_layers, len(corpora.alphabet)]
     if arm.streaming:
-        shape += [settings.chunk_frames, settings.left_chunks]
+        shift = settings.frame_shift if arm.teacher else 0
+        shape += [settings.chunk_frames, settings.left_chunks, shift]
     learned = [[t.sha256, weight] for t, weight in opened]
     if arm.teacher:
         loss_of = partial(losses.distil, settings=settings)

@@ -141,7 +141,7 @@ def test_a_checkpoint_of_a_later_step_is_not_kept_instead_of_a_new_one(tmp_path)
     model = torch.nn.Linear(1, 1)
     (tmp_path / "step-00000099.safetensors").write_bytes(b"broken")
     for step in (1, 2, 3):
-        Checkpoints(tmp_path, "key", 2).save(
+        Checkpoints(tmp_path, "key", 2, {}).save(
             model, torch.optim.AdamW(model.parameters()), {"step": step}
         )
     names = sorted(path.name for path in tmp_path.iterdir())

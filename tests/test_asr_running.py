@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import TINY, altered
 
 from kdkernels import train
-from kdkernels.asr import files, settings
+from kdkernels.asr import files, recognise, settings
 
 STUDENT = "student_distilled.safetensors"
 ARMS = "--arms=alone,distilled"
@@ -99,6 +99,14 @@ def test_a_training_that_diverges_is_stopped(tmp_path, capsys):
 def test_a_few_checkpoints_are_kept_and_the_best(out):
     names = sorted(path.name for path in (out / "checkpoints" / "student_alone").iterdir())
     assert names == ["best.safetensors", "step-00000003.safetensors", "step-00000004.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "student_alone"])
+def test_the_best_is_a_model_like_the_last(out, name):
+    best = recognise.load(out / "checkpoints" / name / "best.safetensors")
+    last = recognise.load(out / f"{name}.safetensors")
+    assert best.encoder.shape == last.encoder.shape
+    assert best.alphabet.characters == last.alphabet.characters
 
 
 def test_a_full_disk_is_told_and_costs_nothing(out, tmp_path, capsys, monkeypatch):

@@ -121,7 +121,7 @@ def train(
             processes.rank(),
             processes.world(),
         )
-        checkpoints = training.Checkpoints(out / "checkpoints" / name, key, settings.keep)
+        checkpoints = training.Checkpoints(out / "checkpoints" / name, key, settings.keep, facts)
         augment = augment or partial(augmented, seed=settings.seed)
         score = score or partial(dev_wer, experiment)
         with progress(steps, name.replace("_", " "), "step") as bar:

@@ -83,8 +83,9 @@ def run(model: Encoder, data: Dataset, on: Machine, batch_size: int = 32):
 class Checkpoints:
     """OUT/checkpoints/NAME: the newest ones and the best, each written whole or not at all."""
 
-    def __init__(self, folder: Path, key: str, keep: int):
-        self.folder, self.key, self.keep = folder, key, keep
+    def __init__(self, folder: Path, key: str, keep: int, about: dict):
+        """`about`: the encoder's shape and alphabet, which make the best one a model's file."""
+        self.folder, self.key, self.keep, self.about = folder, key, keep, about
 
     def save(self, model: Encoder, optimizer, facts: dict) -> None:
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -98,7 +99,8 @@ class Checkpoints:
             path.unlink()
 
     def save_best(self, model: Encoder, facts: dict) -> None:
-        files.save_tensors(self.folder / "best.safetensors", model.state_dict(), self.key, **facts)
+        path = self.folder / "best.safetensors"
+        files.save_tensors(path, model.state_dict(), self.key, **self.about, **facts)
 
     def load(self, model: Encoder, optimizer) -> dict | None:
         """The facts of the newest checkpoint that is whole; None without one."""

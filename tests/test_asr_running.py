@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import TINY, altered
 
 from kdkernels import train
-from kdkernels.asr import files, recognise, settings
+from kdkernels.asr import files, recognise, settings, training
 
 STUDENT = "student_distilled.safetensors"
 ARMS = "--arms=alone,distilled"
@@ -59,6 +59,24 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path, capsys):
     assert again(tmp_path, capsys) == (0, "")
     assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_killed_right_after_a_checkpoint_it_has_the_best(out, tmp_path, capsys, monkeypatch):
+    best = "checkpoints/student_alone/best.safetensors"
+    step = files.load_header(out / best)["step"]
+    save = training.Checkpoints.save
+
+    def killed(checkpoints, model, optimizer, facts):
+        save(checkpoints, model, optimizer, facts)
+        if checkpoints.folder.name == "student_alone" and facts["step"] == step:
+            raise KeyboardInterrupt
+
+    cache = ("--cache", str(out / "cache"))
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Checkpoints, "save", killed)
+        assert again(tmp_path, capsys, *cache)[0] == 130
+    assert again(tmp_path, capsys, *cache)[0] == 0
+    assert (tmp_path / best).read_bytes() == (out / best).read_bytes()
 
 
 @pytest.mark.parametrize("broken", [1, 2])

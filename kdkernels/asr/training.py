@@ -195,11 +195,12 @@ def fit(
             bar.set_postfix_str(f"dev WER {wer:.1f}")
         if leads and evaluated:
             metrics.write(curve)
+        # before the checkpoint: a training that goes on from there does not come by here again
+        if leads and evaluated and curve[-1].wer == min(point.wer for point in curve):
+            checkpoints.save_best(model, {"step": done, "wer": curve[-1].wer})
         if leads and (done % settings.checkpoint_every == 0 or done == steps):
             facts = {"step": done, "seconds": seconds, "sum": total, "curve": curve}
             checkpoints.save(model, optimizer, facts)
-        if leads and evaluated and curve[-1].wer == min(point.wer for point in curve):
-            checkpoints.save_best(model, {"step": done, "wer": curve[-1].wer})
         bar.update()
     return curve
 

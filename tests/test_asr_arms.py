@@ -13,6 +13,7 @@ from kdkernels.asr import (
     bestrq,
     data,
     features,
+    files,
     losses,
     model,
     report,
@@ -176,6 +177,23 @@ def test_every_arm_and_every_teacher(tmp_path, capsys):
 def test_no_utterance_that_the_teacher_is_sure_of(tmp_path, capsys):
     assert train.main([*TINY, "--min-confidence=0.99", "--out", str(tmp_path)]) == 2
     assert "lower --min-confidence" in capsys.readouterr().err
+
+
+def test_no_utterance_in_which_the_teacher_hears_a_word(tmp_path, capsys):
+    """A teacher of weights 0 says blank alone, of all classes the first; one with a space, that."""
+    text = "--arms=alone,distilled,pseudo_labels"
+    characters = " abcdefghijklmnopqrstuvwxyz"
+    for best in (0, 1 + characters.index(" ")):
+        encoder = model.Encoder(8, 2, 1 + len(characters))
+        tensors = {name: torch.zeros_like(x) for name, x in encoder.state_dict().items()}
+        tensors["head.bias"][best] = 9
+        path, out = tmp_path / f"{best}.safetensors", tmp_path / f"out-{best}"
+        files.save_tensors(path, tensors, "", shape=encoder.shape, alphabet=characters)
+        arguments = [*TINY, text, "--teachers", str(path), "--cache", str(tmp_path / "cache")]
+        assert train.main([*arguments, "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "the teacher hears nothing in any utterance of the untranscribed set" in said
+        assert not (out / "student_pseudo_labels.safetensors").exists()
 
 
 def test_an_error_rate_over_seeds_is_never_below_zero():

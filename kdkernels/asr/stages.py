@@ -239,7 +239,13 @@ def pools(experiment: Experiment, arm: Arm, opened: Opened) -> list[tuple[batche
         if words == "teacher":
             rows = [(row[None], torch.tensor([len(row)])) for row in logits]
             texts = [decode.greedy(*row, corpora.alphabet)[0] for row in rows]
-            said = [i for i in pool.allowed or range(len(texts)) if texts[i]]
+            said = [i for i in pool.allowed or range(len(texts)) if texts[i].strip()]
+            if not said:
+                raise files.TrainError(
+                    f"the teacher hears nothing in any utterance of the {name} set: "
+                    "raise --teacher-steps, take another with --teachers, or leave out "
+                    "pseudo_labels of --arms"
+                )
             pool = pool._replace(texts=texts, allowed=said)
         if arm.teacher:
             weights = [losses.frame_weight(row, settings) for row in logits]

@@ -152,6 +152,11 @@ def test_text_is_normalised():
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--min-confidence", "1"], "--min-confidence must be in [0, 1), got 1.0"),
         (["--blank-threshold", "2"], "--blank-threshold must be in (0, 1], got 2.0"),
+        (
+            ["--student-width=90", "--arms=alone,distilled,streaming"],
+            "--student-width must be a multiple of 4, the heads of the attention of streaming, "
+            "got 90",
+        ),
         (["--learning-rate=-1e-3"], "--learning-rate must be greater than 0, got -0.001"),
         (["--kd-weight", "nan"], "--kd-weight must be a number (float), got nan"),
         (["--seeds", "two"], "--seeds must be a number (int), got two"),

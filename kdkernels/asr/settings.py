@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from . import files
 from .arms import ARMS, TEACHERS
+from .model import ChunkAttention
 
 EPILOG = """
 Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
@@ -294,6 +295,12 @@ def problem(settings: Settings) -> str | None:
     for needed in ("alone", "distilled"):
         if needed not in settings.arms:
             return f"--arms must have {needed}: the report compares with it"
+    streaming = ", ".join(name for name in settings.arms if ARMS[name].streaming)
+    if streaming and settings.student_width % ChunkAttention.HEADS:
+        return (
+            f"--student-width must be a multiple of {ChunkAttention.HEADS}, the heads of the "
+            f"attention of {streaming}, got {settings.student_width}"
+        )
     if not settings.teachers:
         return "--teachers must name one, e.g. own"
     manifests = (settings.transcribed, settings.untranscribed, settings.test)

@@ -28,7 +28,7 @@ with needed():
     from kdkernels.asr import arms, example, files, processes, report, teachers, training
     from kdkernels.asr import settings as settings_module
     from kdkernels.asr.arms import ARMS, TEACHERS
-    from kdkernels.asr.console import say, warn
+    from kdkernels.asr.console import say, warn, write
     from kdkernels.asr.evaluation import evaluate, evaluate_teachers, measure_loss
     from kdkernels.asr.folder import Folder, alone
     from kdkernels.asr.prepare import prepare
@@ -133,10 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
             results = run_seeds(settings)
             say(report.markdown(results))
     except files.TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        write("stopped: the same command goes on from the last checkpoint", sys.stderr)
         return 130
     return 0
 

@@ -7,14 +7,13 @@ AUDIO...    NAME.txt, NAME.json, NAME.vtt and NAME.srt beside each recording, or
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 from kdkernels.asr.extras import needed
 
 with needed():
-    from kdkernels.asr import audio, captions, files, recognise, recordings, stream
+    from kdkernels.asr import audio, captions, console, files, recognise, recordings, stream
 
 EPILOG = """
 Exit code: 0; 1 when a recording could not be done (the others are); 2 when nothing was begun.
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads the words has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.mute(sys.stdout)
         return 0
 
 

@@ -1,6 +1,7 @@
 """The whole program on seconds of audio; what it says when something is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,25 @@ def test_from_the_command_line_no_bar_where_there_is_no_terminal(out):
     assert done.returncode == 0
     assert done.stderr == ""
     assert "# Distillation report" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_nobody_reads_what_it_says(out, tmp_path, closed):
+    """As `python -m kdkernels.train ... | head -1` does: the training goes on."""
+    shutil.copytree(out, tmp_path / "out")
+    for path in (tmp_path / "out" / "report.md", tmp_path / "out" / "student_alone.safetensors"):
+        path.write_text("")  # which is told on stderr
+    command = [sys.executable, "-m", "kdkernels.train", *TINY, "--out", str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        getattr(process, closed).close()
+        other = process.stderr if closed == "stdout" else process.stdout
+        said = other.read()
+        assert process.wait(120) == 0
+    assert "Broken" not in said
+    same = (out / "student_alone.safetensors").read_bytes()
+    assert (tmp_path / "out" / "student_alone.safetensors").read_bytes() == same
+    assert "# Distillation report" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_help_explains_every_option(capsys):

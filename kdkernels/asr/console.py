@@ -1,5 +1,6 @@
 """What is said on the terminal: by the first of several processes alone."""
 
+import os
 import shutil
 import sys
 
@@ -18,9 +19,22 @@ def progress(total: int | None, what: str, unit: str, leave: bool = True) -> tqd
 
 def say(text: str) -> None:
     if processes.rank() == 0:
-        print(text, flush=True)
+        write(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     if processes.rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        write(f"warning: {text}", sys.stderr)
+
+
+def write(text: str, stream) -> None:
+    """A line. Where who read them has gone, as in `... | head -1`, the work goes on unheard."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        mute(stream)
+
+
+def mute(stream) -> None:
+    """From here on it goes nowhere, what is still in its buffer too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

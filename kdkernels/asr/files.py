@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .console import write
+
 
 class TrainError(Exception):
     """Something the user can mend: shown as one message, exit code 2, no traceback."""
@@ -130,5 +132,5 @@ def load_tensors(
         reason = "was made from other data or settings"
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({error})"
-    print(f"{path} {reason}: {otherwise}", file=sys.stderr)
+    write(f"{path} {reason}: {otherwise}", sys.stderr)
     return None

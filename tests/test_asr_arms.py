@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_train import TINY
@@ -12,6 +13,7 @@ from kdkernels.asr import (
     batches,
     bestrq,
     data,
+    decode,
     features,
     files,
     losses,
@@ -208,14 +210,28 @@ def test_an_error_rate_over_seeds_is_never_below_zero():
             | intervals
             | times
             | {"relative_reduction": 0.0, "relative_reduction_interval": [0.0, 0.0]}
+            | {"behind_transcribed": wer - 100, "behind_transcribed_interval": [0.0, 0.0]}
             | {"steps_to_alone_wer": None, "seconds_to_alone_wer": None}
             | {"alone_best": {}, "curves": {}, "settings": {"seed": seed}}
         )
 
-    low, high = report.over_seeds([of(0, 90.0), of(1, 140.0)])["wer_interval"]["a"]
+    together = report.over_seeds([of(0, 90.0), of(1, 140.0)])
+    low, high = together["wer_interval"]["a"]
     assert low == 0
     assert high > 140
+    assert together["behind_transcribed"] == 15
+    low, high = together["behind_transcribed_interval"]  # standard error 25, Student's t 12.71
+    assert (low, high) == (pytest.approx(15 - 317.75), pytest.approx(15 + 317.75))
+
+
+def test_the_difference_of_two_rates_is_over_the_same_utterances():
+    drawn = decode.resamples(4, 0)
+    sizes = np.array([10, 10, 10, 10])
+    a = decode.Errors(np.array([9, 1, 5, 2]), sizes)
+    b = decode.Errors(np.array([8, 0, 4, 1]), sizes)  # everywhere one error of ten less
+    assert decode.difference_interval(a, b, drawn) == pytest.approx([10, 10])
 
 
 def test_a_change_that_rounds_to_zero_has_no_sign():
     assert [report.signed(x) for x in (0.3, -0.3, 35.4, -2.0)] == ["0", "0", "-35", "+2"]
+    assert [report.points(x) for x in (0.04, -0.04, 1.26, -1.8)] == ["+0.0", "+0.0", "+1.3", "-1.8"]

@@ -63,6 +63,10 @@ def test_a_run_writes_models_and_a_report(out):
         low, high = report["wer_interval"][name]
         assert low <= report["wer"][name] <= high
         assert [point["step"] for point in report["curves"][name]] == [2, 4]
+    behind = report["wer"][MODELS[3]] - report["wer"][MODELS[4]]
+    low, high = report["behind_transcribed_interval"]
+    assert low <= report["behind_transcribed"] <= high
+    assert report["behind_transcribed"] == pytest.approx(behind)
     assert report["loss_ms"]["fused"] > 0
     assert report["loss_ms"]["torch"] > 0
     assert report["loss_ms"]["difference"] < 1e-5
@@ -71,6 +75,7 @@ def test_a_run_writes_models_and_a_report(out):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.md").read_text()
     assert "student distilled" in page
+    assert f"everything transcribed: {round(behind, 1) + 0:+} points (interval " in page
     assert "never with LibriSpeech" in page
 
 

@@ -57,6 +57,12 @@ def interval(errors: Errors, drawn: np.ndarray) -> list[float]:
     return np.percentile(rates, [2.5, 97.5]).tolist()
 
 
+def difference_interval(a: Errors, b: Errors, drawn: np.ndarray) -> list[float]:
+    """95 % bootstrap interval, in points, of the rate of `a` less that of `b`, same utterances."""
+    rates = (100 * e.errors[drawn].sum(1) / e.sizes[drawn].sum(1) for e in (a, b))
+    return np.percentile(next(rates) - next(rates), [2.5, 97.5]).tolist()
+
+
 def reduction_interval(new: Errors, old: Errors, drawn: np.ndarray) -> list[float]:
     """95 % bootstrap interval, in percent, of 1 - new / old over the same utterances."""
     ratio = new.errors[drawn].sum(1) / np.maximum(old.errors[drawn].sum(1), 1)

@@ -25,6 +25,7 @@ NAMES = {
     **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
     **{f"student_{name}": arm.title for name, arm in ARMS.items()},
 }
+WITHOUT, WITH = "student_distilled_without_transcripts", "student_transcribed"  # compared
 CAPTIONS = ("captions.wav", "captions.vtt", "captions.srt")
 FILES = ("report.json", "report.md", "wer.png", "loss.png", *CAPTIONS)
 
@@ -59,6 +60,8 @@ def make(
     alone, distilled = (scores[f"student_{name}"].words for name in ("alone", "distilled"))
     best = min(curves["student_alone"], key=lambda point: point.wer)
     same = reached(curves["student_distilled"], best.wer)
+    both = [scores[name].words for name in (WITHOUT, WITH) if name in scores]
+    behind = len(both) == 2
     sets = corpora.sets()
     return {
         "wer": {name: score.words.percent() for name, score in scores.items()},
@@ -69,6 +72,10 @@ def make(
         "noisy_wer_interval": {n: decode.interval(s.words, drawn) for n, s in noisy.items()},
         "relative_reduction": 100 * (1 - distilled.percent() / max(alone.percent(), 1e-9)),
         "relative_reduction_interval": decode.reduction_interval(distilled, alone, drawn),
+        "behind_transcribed": both[0].percent() - both[1].percent() if behind else None,
+        "behind_transcribed_interval": (
+            decode.difference_interval(*both, drawn) if behind else None
+        ),
         "alone_best": best._asdict(),
         "steps_to_alone_wer": same and same.step,
         "seconds_to_alone_wer": same and same.seconds,
@@ -136,11 +143,12 @@ def over_seeds(results: list[dict]) -> dict:
             )
             for name in results[0][table]
         }
-    reductions = [r["relative_reduction"] for r in results]
-    together["relative_reduction"] = statistics.fmean(reductions)
-    together["relative_reduction_interval"] = interval(
-        reductions, [r["relative_reduction_interval"] for r in results]
-    )
+    for name in ("relative_reduction", "behind_transcribed"):
+        values = [r[name] for r in results]
+        if None not in values:
+            together[name] = statistics.fmean(values)
+            intervals = [r[f"{name}_interval"] for r in results]
+            together[f"{name}_interval"] = interval(values, intervals)
     for name in ("steps_to_alone_wer", "seconds_to_alone_wer"):
         values = [r[name] for r in results]
         together[name] = None if None in values else statistics.fmean(values)
@@ -170,6 +178,11 @@ def signed(reduction: float) -> str:
     return f"{change:+}" if change else "0"
 
 
+def points(difference: float) -> str:
+    """A difference of two rates: "-1.8"; "+0.0" where it rounds to that."""
+    return f"{round(difference, 1) + 0.0:+.1f}"
+
+
 def markdown(r: dict) -> str:
     """The report as a page."""
     hours, counts = r["corpus"]["hours"], r["corpus"]["utterances"]
@@ -194,6 +207,13 @@ def markdown(r: dict) -> str:
             f"{best['seconds']:.0f} s) was reached by the distilled one at step "
             f"{r['steps_to_alone_wer']:.0f}, after {r['seconds_to_alone_wer']:.0f} s."
         )
+    behind = []
+    if r["behind_transcribed"] is not None:
+        ends = " to ".join(map(points, r["behind_transcribed_interval"]))
+        behind = [
+            "- WER of the student distilled without a transcript minus that of the one with "
+            f"everything transcribed: {points(r['behind_transcribed'])} points (interval {ends})."
+        ]
     source = (
         "The speech is synthesised (espeak-ng, a small grammar, added noise): these figures "
         "compare the rows with each other, and never with LibriSpeech or any other recorded speech."
@@ -253,6 +273,7 @@ def markdown(r: dict) -> str:
             f"(relative; interval {signed(high)} to {signed(low)}): same seed, same steps, same "
             f"seconds of audio in a step, {hours['untranscribed']:.2f} h of untranscribed audio "
             f"beside {hours['student']:.2f} h of transcribed audio.",
+            *behind,
             f"- {sooner}",
             f"- The loss of one step takes {loss['fused']:.2f} ms with kdkernels, "
             f"{loss['torch']:.2f} ms with torch's own ops (relative difference of the two losses: "

@@ -52,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         raise TrainError(
             f"cannot write {path}: {error.strerror or error}; mend that and run the same command "
-            "again: it goes on from the last checkpoint"
+            "again"
         ) from error
     finally:
         if temporary is not None and os.path.exists(temporary):

@@ -104,8 +104,11 @@ class Checkpoints:
 
     def load(self, model: Encoder, optimizer) -> dict | None:
         """The facts of the newest checkpoint that is whole; None without one."""
-        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
-            found = files.load_tensors(path, self.key, "the checkpoint before it is used")
+        paths = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+        for path in paths:
+            before = "the checkpoint before it is used"
+            otherwise = "the training begins anew" if path == paths[-1] else before
+            found = files.load_tensors(path, self.key, otherwise)
             if found is None:
                 continue
             state: dict[int, dict[str, Tensor]] = {}

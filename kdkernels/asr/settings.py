@@ -311,13 +311,15 @@ def problem(settings: Settings) -> str | None:
 
 def warnings(settings: Settings) -> list[str]:
     """What is allowed, and probably a mistake."""
+    # neighbours is none: dev WER without transcripts, 300 steps, 62.4 as with all; nonblank 84.7
     dropped = settings.frames in ("nonblank", "threshold")
     bare = [name for name in settings.arms if ARMS[name].only_distilled]
     if dropped and (bare or not settings.ctc_weight):
         whom = ", ".join(bare) if settings.ctc_weight else "every distilled student"
         return [
-            f"--frames {settings.frames} drops blank frames and there is no CTC term to teach "
-            f"blank ({whom}): the student will insert words; use --frames all or neighbours"
+            f"--frames {settings.frames} drops blank frames, those beside what is said too, and "
+            f"there is no CTC term to teach blank ({whom}): the student will insert words; use "
+            "--frames all, or neighbours, which keeps those"
         ]
     return []
 

@@ -30,6 +30,13 @@ def wav(samples, rate=RATE, channels=1, width=2):
     return buffer.getvalue()
 
 
+def wavex(samples, subtype):
+    """WAVE_FORMAT_EXTENSIBLE."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format="WAVEX", subtype=subtype)
+    return buffer.getvalue()
+
+
 class Pipe(io.BytesIO):
     """Cannot seek, like standard input."""
 
@@ -47,7 +54,7 @@ def stream(monkeypatch, run, content, *arguments):
     return call("--stream", "--model", run, *arguments)
 
 
-@pytest.mark.parametrize("kind", ["pcm", "pcm stereo", "wav", "endless wav"])
+@pytest.mark.parametrize("kind", ["pcm", "pcm stereo", "wav", "endless wav", "wavex"])
 def test_a_stream_says_what_the_recording_says(monkeypatch, capsys, run, long, tmp_path, kind):
     samples = long[0][: 30 * RATE]
     channels = 2 if "stereo" in kind else 1
@@ -57,6 +64,8 @@ def test_a_stream_says_what_the_recording_says(monkeypatch, capsys, run, long, t
             content[:4] + b"\xff\xff\xff\xff" + content[8:40] + b"\xff\xff\xff\xff" + content[44:]
         )
     soundfile.write(tmp_path / "a.wav", audio.to_int16(samples), RATE)
+    if kind == "wavex":
+        content = wavex(audio.to_int16(samples), "PCM_16")
     assert call(tmp_path / "a.wav", "--model", run) == 0
     capsys.readouterr()
     offline = json.loads((tmp_path / "a.json").read_text())["words"]
@@ -133,6 +142,7 @@ def test_a_stream_of_nothing(monkeypatch, capsys, run, content):
     [
         (b"RIFF\0\0\0\0nonsense", "the wav stream cannot be read"),
         (b"RIFF", "the wav stream cannot be read"),
+        (wavex(np.zeros(100), "FLOAT"), "the wav stream cannot be read (unknown format: 3)"),
         (wav(np.zeros(100), width=1), "8 bits a sample; send 16"),
         (wav(np.zeros(100), rate=10), "10 samples a second"),
     ],

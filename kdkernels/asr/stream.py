@@ -48,6 +48,13 @@ def _format(head: bytes) -> str | None:
     return next((name for magic, name in FORMATS.items() if head.startswith(magic)), None)
 
 
+def _plain(head: bytes) -> bytes:
+    """The first 46 bytes of a wav stream. Of WAVE_FORMAT_EXTENSIBLE, which wave of Python 3.11 does
+    not know, with the code of what it extends."""
+    extensible = head[12:16] == b"fmt " and head[20:22] == b"\xfe\xff"
+    return head[:20] + head[44:46] + head[22:] if extensible else head
+
+
 def blocks(
     stream: BinaryIO, rate: int, channels: int, seconds: float = BLOCK
 ) -> tuple[int, Iterator[np.ndarray]]:
@@ -62,11 +69,10 @@ def blocks(
             f"the stream is {other}, expected raw 16-bit samples or wav, e.g. of `ffmpeg -i FILE "
             "-f wav -`; a file is read as it is: give its name in place of --stream"
         )
-    source = _Rewound(head, stream)
-    read = source.read
+    read = _Rewound(head, stream).read
     if head.startswith(b"RIFF"):
         try:
-            opened = wave.open(source)  # noqa: SIM115
+            opened = wave.open(_Rewound(_plain(head + stream.read(38)), stream))  # noqa: SIM115
         except (wave.Error, EOFError) as error:
             raise files.TrainError(f"the wav stream cannot be read ({error}); send PCM") from error
         rate, channels = opened.getframerate(), opened.getnchannels()

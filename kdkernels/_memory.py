@@ -22,7 +22,7 @@ from torch import Tensor
 SMALLEST = 2**20  # bytes; what is smaller the C library keeps
 LENT = 2**26  # bytes that the system may take; its consent costs some 5 % of the time of kd_loss
 KEPT = 4  # gradients of two models in two losses
-MADV_FREE = 8  # of Linux; Python has the name where it was compiled with it
+MADV_FREE, MADV_HUGEPAGE = 8, 14  # of Linux; Python has the names where it was compiled with them
 HUGE_PAGE = 2**21  # bytes; a block is made of whole ones, which lets it begin at one
 
 _here = sys.platform == "linux"
@@ -80,11 +80,17 @@ def _take(size: int) -> mmap.mmap:
         return taken
     del taken  # before another is asked for
     whole = -(-size // HUGE_PAGE) * HUGE_PAGE
-    return mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(block, MADV_HUGEPAGE, whole)
+    return block
 
 
 def _give_back(block: mmap.mmap, size: int) -> None:
     if size >= LENT:
-        with contextlib.suppress(OSError):  # a system without it
-            block.madvise(MADV_FREE, 0, size)
+        _advise(block, MADV_FREE, size)
     _free.append(block)
+
+
+def _advise(block: mmap.mmap, advice: int, size: int) -> None:
+    with contextlib.suppress(OSError):  # a system that does not know it
+        block.madvise(advice, 0, size)

@@ -215,12 +215,22 @@ def align_contender(align: Callable, inputs: Inputs) -> Contender:
 
 
 def copy_contender(inputs: Inputs, tensors: float) -> Contender:
-    """Copy `tensors` logit tensors into fresh memory."""
+    """Copy `tensors` logit tensors into new memory, got as this package gets it."""
     x = inputs.student.detach().flatten()
     parts = [x] * int(tensors)
     if tensors % 1:
         parts.append(x[: int(x.numel() * (tensors % 1))])
-    return Contender(lambda: [p.clone() for p in parts] and None)
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        if not _memory.keeps(x.nbytes):
+            return x.clone()
+        return _memory.empty(tuple(x.shape), x.stride(), x.dtype).copy_(x)
+
+    def step():
+        kd.empty_cache()
+        return [copy(part) for part in parts] and None
+
+    return Contender(step)
 
 
 def contenders(

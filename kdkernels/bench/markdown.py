@@ -10,7 +10,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"  # huge pages for torch's and everybody's 
 LEGEND = (
     "Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the others. V is the size of one "
     "logit tensor; peak memory counts the gradient, which is 1 V, and not the inputs; it is of "
-    "resident pages of 4 KB, and what is freed is the system's at once."
+    "resident pages of 4 KB, what the allocator keeps among them, which is more the more tensors "
+    "there are."
 )
 NO_GPU = "Not measured: a GPU. There is no number of one in these tables."
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import kdkernels
 
 THP_DISABLE = 41  # PR_SET_THP_DISABLE, in linux/prctl.h
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -24,21 +23,19 @@ def peak(step: Callable, inputs) -> int:
     """Bytes beyond the inputs that one step has in use at its peak, gradient included.
 
     The step ran before: threads and code are there. What others freed goes back to the kernel
-    first, so that nobody finds his memory ready; and a tensor's memory is the system's as soon as
-    it is freed, so that what an allocator keeps is not counted. Of two steps the least.
+    first, so that nobody finds his memory ready. Of two steps the least: what an allocator
+    wastes is chance.
     """
     return min(peak_once(step, inputs) for _ in range(2))
 
 
 def peak_once(step: Callable, inputs) -> int:
     libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", lambda *_: None)  # of glibc
     inputs.student.grad = None
     gc.collect()
     kdkernels.empty_cache()
     libc.malloc_trim(0)
     libc.prctl(THP_DISABLE, 1, 0, 0, 0)  # small shapes would be counted in steps of 2 MB
-    mallopt(MMAP_THRESHOLD, 2**16)
     try:
         CLEAR.write_text("5")  # VmHWM starts again from VmRSS
         before = resident("VmRSS")
@@ -46,5 +43,3 @@ def peak_once(step: Callable, inputs) -> int:
         return resident("VmHWM") - before
     finally:
         libc.prctl(THP_DISABLE, 0, 0, 0, 0)
-        mallopt(MMAP_THRESHOLD, 2**25)  # what glibc comes to by itself after large tensors
-        mallopt(TRIM_THRESHOLD, 2**26)

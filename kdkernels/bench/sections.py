@@ -92,7 +92,7 @@ def traffic(result: dict) -> str:
         "GB/s are these bytes over the median time; `of copy` is their share of what a copy of "
         "128 MB reads and writes per second, measured before and after the row. `eager on "
         "one`: eager torch's time over ours, both on one thread (plain torch's for `ctc_align`), "
-        "over five rounds. The contender `copy` clones into fresh memory "
+        "over five rounds. The contender `copy` writes to new memory, got as this package's is, "
         + ", ".join(f"{n:g} V for `{op}`" for op, n in COPIES.items())
         + ", each read once and written once.\n\n"
         + table(head, rows)

@@ -20,6 +20,8 @@ from kdkernels.asr import (
     model,
     report,
     settings,
+    teachers,
+    training,
 )
 
 B, A = 0, 1  # blank, a character
@@ -82,6 +84,21 @@ def test_a_streaming_encoder_sees_no_future_but_its_chunk():
     cut, _ = encoder(changed, lengths)
     torch.testing.assert_close(cut[:, :16], whole[:, :16], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(cut[:, 16:], whole[:, 16:], atol=1e-3)
+
+
+def test_a_streaming_teacher_does_not_teach_late():
+    torch.manual_seed(0)
+    late = model.Encoder(16, 2, 3, chunk=4, left=1, shift=2)
+    prompt = model.Encoder(16, 2, 3, chunk=4, left=1)
+    prompt.load_state_dict(late.state_dict())
+    rows = [torch.randn(frames, features.MELS) for frames in (60, 3)]  # 20 and 1 of logits
+    dataset = data.Dataset(rows, ["", ""], 1.0, "key", "sha256", [])
+    on = training.Machine(torch.device("cpu"), torch.float32)
+    as_they_come = dict(teachers.Own(prompt, "ab").logits(dataset, on))
+    moved = dict(teachers.Own(late, "ab").logits(dataset, on))
+    assert torch.equal(moved[0][:18], as_they_come[0][2:])
+    assert torch.equal(moved[0][18:], as_they_come[0][-1:].expand(2, -1))
+    assert torch.equal(moved[1], as_they_come[1])
 
 
 def pool(count, labelled):

@@ -45,10 +45,12 @@ class Own:
         return cls(*read_encoder(path, "the teacher "))
 
     def logits(self, data: Dataset, on: training.Machine) -> Iterator[tuple[int, Tensor]]:
+        """Those of a streaming student, which come late, are moved to where things are said."""
         self.encoder.to(on.device)
         for chosen, logits, lengths in training.run(self.encoder, data, on):
             for i, row, length in zip(chosen, logits.cpu(), lengths.tolist(), strict=True):
-                yield i, row[:length]
+                later = torch.arange(length) + self.encoder.shift
+                yield i, row[later.clamp(max=length - 1)]
 
 
 class Foreign:

@@ -46,11 +46,18 @@ def left_to_torch() -> Iterator[None]:
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """torch.empty_strided for a tensor without gaps. Its memory is kept when its storage dies."""
+    """torch.empty_strided for a tensor without gaps. Its memory is kept when its storage dies.
+
+    The storage cannot be resized.
+    """
     size = dtype.itemsize
     for n in shape:
         size *= n
-    block = _take(size)
+    try:
+        block = _take(size)
+    except OSError:
+        empty_cache()  # and if that is not enough, torch says so
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     lease = (ctypes.c_char * size).from_buffer(block)  # lives as long as the storage
     weakref.finalize(lease, _give_back, block, size).atexit = False
     storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
@@ -66,20 +73,24 @@ def empty_cache() -> None:
 
 
 def _take(size: int) -> mmap.mmap:
-    """The smallest free block that will do, else a new one in the place of the largest."""
+    """The smallest free block that will do, else a new one in the place of one that is too small.
+
+    One of more than twice the size will not: a gradient that is kept for long would hold it.
+    """
     blocks = []
     try:
         while True:  # one at a time: other threads take and give back meanwhile
             blocks.append(_free.popleft())
     except IndexError:
         blocks.sort(key=len)
-    fits = next((i for i, block in enumerate(blocks) if len(block) >= size), None)
-    taken = blocks.pop(-1 if fits is None else fits) if blocks else None
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
+    smaller = sum(len(block) < size for block in blocks)
+    fits = smaller < len(blocks) and len(blocks[smaller]) <= 2 * whole
+    taken = blocks.pop(smaller if fits else smaller - 1) if fits or smaller else None
     _free.extend(blocks)
-    if fits is not None:
+    if fits:
         return taken
     del taken  # before another is asked for
-    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
     block = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _advise(block, MADV_HUGEPAGE, whole)
     return block

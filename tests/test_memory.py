@@ -130,13 +130,13 @@ def test_backward_hands_the_gradient_over_without_a_copy(monkeypatch):
 def test_blocks_are_as_many_as_were_in_use_at_once():
     page = _memory.HUGE_PAGE
     C = page // 4
-    for rows in (1, 2, 3, 2, 1, 5):
+    for rows in (1, 2, 3, 2, 5):
         kd_grad(randn(rows, C))
     assert blocks() == [5 * page]
-    grads = [kd_grad(randn(rows, C)) for rows in (1, 3)]
+    grads = [kd_grad(randn(rows, C)) for rows in (3, 4)]
     assert not blocks()  # the least that would do, which was the large one, and a new one
     del grads
-    assert blocks() == [3 * page, 5 * page]
+    assert blocks() == [4 * page, 5 * page]
     grads = [kd_grad(randn(1, 5)) for _ in range(_memory.KEPT + 3)]
     del grads
     assert len(blocks()) == _memory.KEPT
@@ -148,6 +148,32 @@ def test_the_smallest_that_will_do_is_taken():
     at = [g.data_ptr() for g in grads]
     del grads
     assert kd_grad(randn(2, page // 4)).data_ptr() == at[2]
+
+
+def test_a_small_gradient_holds_no_large_block():
+    C = _memory.HUGE_PAGE // 4
+    held = []
+    for _ in range(3):
+        kd_grad(randn(9, C))
+        held.append(kd_grad(randn(1, 5)))
+    assert blocks() == [9 * _memory.HUGE_PAGE]
+
+
+def test_without_memory_what_is_kept_is_given_up_and_torch_asked(monkeypatch):
+    expected = kd_grad(randn(6, C))
+    kd_grad(randn(6, C))
+    assert blocks()
+    huge = _memory.mmap.mmap
+
+    def full(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(_memory.mmap, "mmap", full)
+    again = kd_grad(randn(6, C))  # in what was kept
+    assert torch.equal(kd_grad(randn(6, C)), expected)
+    assert not blocks()
+    monkeypatch.setattr(_memory.mmap, "mmap", huge)
+    assert torch.equal(again, expected)
 
 
 def test_empty_cache_gives_what_is_free_back():
@@ -220,20 +246,27 @@ def test_a_forked_process_has_its_own():
 # ------------------------------------------------ past the caches, into pages that were used before
 
 
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 1.0)])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_rows_alone_and_in_a_tensor_larger_than_the_caches(divergence):
+def test_rows_alone_and_in_a_tensor_larger_than_the_caches(divergence, temperatures):
     t = randn(6500, 1003, seed=18)
     s = t + randn(6500, 1003, seed=19) * torch.logspace(-3, 1, 6500)[:, None]
 
     def results(rows):
         x, y = (z[rows].clone().requires_grad_() for z in (s, t))
-        loss = kd.kd_loss(x, y, reduction="none", divergence=divergence, backend="cpp")
+        loss = kd.kd_loss(
+            x, y, temperature=temperatures[0], teacher_temperature=temperatures[1],
+            reduction="none", divergence=divergence, backend="cpp",
+        )  # fmt: skip
         return loss.detach(), *torch.autograd.grad(loss.sum(), (x, y))
 
-    results(slice(None))
+    first = [x.clone() for x in results(slice(None))]  # in new pages, not past the caches
     poison()
-    for whole, few in zip(results(slice(None)), results(slice(4000, 4005)), strict=True):
-        assert torch.equal(whole[4000:4005], few)
+    again = results(slice(None))
+    few = zip(*(results(slice(i, i + 500)) for i in range(0, 6500, 500)), strict=True)
+    for new, whole, parts in zip(first, again, few, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+        assert torch.equal(whole, new)
         assert whole.isfinite().all()  # no element was left as it was
 
 
@@ -256,9 +289,10 @@ def test_utterances_alone_and_in_a_tensor_larger_than_the_caches(with_teacher):
             loss = kd.ctc_loss(x, *rest, **options)
         return torch.autograd.grad(loss, x)[0]
 
-    gradient(slice(None))
+    first = gradient(slice(None)).clone()
     poison()
     whole = gradient(slice(None))
+    assert torch.equal(whole, first)
     assert whole.isfinite().all()
     for n in (0, 2, 3, N - 1):
         assert torch.equal(whole[:, n : n + 1], gradient(slice(n, n + 1)))

@@ -253,8 +253,8 @@ class Utterance {
     Float* const dense = begin_row(grad, p.grad.dtype, scratch_row);
     write_row(dense, p.C, past_caches_, [&](int64_t c, int lanes) {
       Vec<Float> x{};
-      if (ctc) x = load_n(scratch_row + c, lanes, Float(0)) * factor;
-      if (kd) x += load_n(kd + c, lanes, Float(0));
+      if (kd) x = load_n(kd + c, lanes, Float(0));
+      if (ctc) x = less_product<Float>(x, load_n(scratch_row + c, lanes, Float(0)), -factor);
       return x;
     });
     if (p.grad.dtype !=

@@ -29,7 +29,7 @@ struct Maxima {
 template <bool kSameTemperature>
 KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, float q_scale) {
   if constexpr (kSameTemperature) return (p - q) * q_scale;
-  return (p - q) * q_scale + p * (p_scale - q_scale);
+  return less_product<float>((p - q) * q_scale, p, q_scale - p_scale);
 }
 
 // function(std::bool_constant<one temperature>, std::integral_constant<int, vectors>), the latter

@@ -206,8 +206,8 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
     VecF32 high{};
     write_row<float, kVectors>(grad, C, scale.past_caches, [&](int64_t i, int lanes) {
-      const VecF32 change =
-          load_n(q_exps + i, lanes, 0.0f) * q_factor - load_n(p_exps + i, lanes, 0.0f) * p_factor;
+      const VecF32 q = load_n(q_exps + i, lanes, 0.0f) * q_factor;
+      const VecF32 change = less_product<float>(q, load_n(p_exps + i, lanes, 0.0f), p_factor);
       high = max(high, abs<float>(change));
       return change;
     });

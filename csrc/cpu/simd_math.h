@@ -44,25 +44,31 @@ KDKERNELS_INLINE Vec<Float> nearest(Vec<Float> x) {
   }
 #endif
 }
+#endif
 
-// x - n k, rounded once.
+// x - n k: rounded once with FMA, which the compiler would use here and not there by itself.
 template <class Float>
-KDKERNELS_INLINE Vec<Float> less_product(Vec<Float> x, Vec<Float> n, Float k) {
+KDKERNELS_INLINE Vec<Float> less_product(Vec<Float> x, Vec<Float> n, Vec<Float> k) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Float) == 4) {
-    return (Vec<Float>)_mm512_fnmadd_ps((__m512)n, _mm512_set1_ps(k), (__m512)x);
+    return (Vec<Float>)_mm512_fnmadd_ps((__m512)n, (__m512)k, (__m512)x);
   } else {
-    return (Vec<Float>)_mm512_fnmadd_pd((__m512d)n, _mm512_set1_pd(k), (__m512d)x);
+    return (Vec<Float>)_mm512_fnmadd_pd((__m512d)n, (__m512d)k, (__m512d)x);
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(Float) == 4) {
+    return (Vec<Float>)_mm256_fnmadd_ps((__m256)n, (__m256)k, (__m256)x);
+  } else {
+    return (Vec<Float>)_mm256_fnmadd_pd((__m256d)n, (__m256d)k, (__m256d)x);
   }
 #else
-  if constexpr (sizeof(Float) == 4) {
-    return (Vec<Float>)_mm256_fnmadd_ps((__m256)n, _mm256_set1_ps(k), (__m256)x);
-  } else {
-    return (Vec<Float>)_mm256_fnmadd_pd((__m256d)n, _mm256_set1_pd(k), (__m256d)x);
-  }
+  return x - n * k;
 #endif
 }
-#endif
+template <class Float>
+KDKERNELS_INLINE Vec<Float> less_product(Vec<Float> x, Vec<Float> n, Float k) {
+  return less_product<Float>(x, n, broadcast(k));
+}
 
 // x = mantissa_of(x) 2^exponent_of(x), the mantissa in [1, 2), for normal x > 0. Of 0 the exponent
 // is -kBias or less.

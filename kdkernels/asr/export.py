@@ -17,11 +17,13 @@ import torch
 
 import kdkernels as kd
 
-from . import audio, features
-from .extras import missing
-from .files import TrainError, write_bytes
-from .model import STACK
-from .recognise import Recogniser, load
+from .extras import missing, needed
+
+with needed():
+    from . import audio, features
+    from .files import TrainError, write_bytes
+    from .model import STACK
+    from .recognise import Recogniser, load
 
 TOLERANCE = 1e-4  # between the logits of ONNX Runtime and torch
 SHAPES = ((2, 90), (1, STACK), (3, 301))  # of the check; none may be baked into the graph

@@ -34,6 +34,8 @@ def test_ctc(backend, S, N):
     loss, grad = backend.ctc_loss_forward(logits, *p.rest, 0, "none", False, True)
     assert_loss(loss, expected, torch.float32)
     assert_ctc_grad(grad, expected_grad, torch.float32)
+    if N == 1:  # the rest is the same kernels, and slow
+        return
     occupancy = backend.ctc_posteriors(logits, *p.rest, 0)
     valid = torch.arange(len(logits))[:, None] < p.input_lengths
     softmax = torch.where(valid[..., None], logits.double().softmax(-1), 0.0)

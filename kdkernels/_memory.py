@@ -1,9 +1,8 @@
 """Memory of large gradients on the CPU, kept from one step for the next.
 
 The system zeroes every page that it hands out, which for a large gradient takes as long as
-computing it, and the C library gives memory of such a size back as soon as it is free. Kept are as
-many blocks as were in use at once, at most KEPT; where memory runs short the system takes what
-large ones held.
+computing it, and the C library gives memory of such a size back as soon as it is free. Kept are at
+most KEPT blocks; where memory runs short the system takes what large ones held.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MADV_FREE, MADV_HUGEPAGE = 8, 14  # of Linux; Python has the names where it was 
 HUGE_PAGE = 2**21  # bytes; a block is made of whole ones, which lets it begin at one
 
 _here = sys.platform == "linux"
-_free: deque[mmap.mmap] = deque(maxlen=KEPT)  # of one too many the oldest goes
+_free: deque[mmap.mmap] = deque(maxlen=KEPT)  # of one too many the first goes
 
 
 def keeps(size: int) -> bool:

@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import _memory
 
 from . import peers
 from .shapes import COPIES, Shape
+
+try:
+    from kdkernels import _memory
+except ImportError:  # `compare` runs this file with packages that kept no memory yet
+    _memory = None
 
 TEMPERATURE = 2.0
 BETA = 0.5  # of the Jensen-Shannon divergence
@@ -200,6 +204,10 @@ def loss_contender(make: Callable, inputs: Inputs) -> Contender:
     return Contender(step_of(loss, inputs, reduction="sum"), partial(evaluate, loss, inputs))
 
 
+def keeps_memory(size: int) -> bool:
+    return _memory is not None and _memory.keeps(size)
+
+
 def new_memory_contender(shape: Shape, inputs: Inputs, backend: str | None) -> Contender:
     loss = partial(OURS[shape.op], backend=backend)
     return Contender(step_of(loss, inputs, new_memory=True, reduction="sum"))
@@ -222,7 +230,7 @@ def copy_contender(inputs: Inputs, tensors: float) -> Contender:
         parts.append(x[: int(x.numel() * (tensors % 1))])
 
     def copy(x: torch.Tensor) -> torch.Tensor:
-        if not _memory.keeps(x.nbytes):
+        if not keeps_memory(x.nbytes):
             return x.clone()
         return _memory.empty(tuple(x.shape), x.stride(), x.dtype).copy_(x)
 
@@ -258,7 +266,7 @@ def contenders(
             name: partial(loss_contender, make, inputs)
             for name, make in loss_table(shape, backend, device).items()
         }
-    if shape.op in OURS and _memory.keeps(4 * shape.numel):
+    if shape.op in OURS and keeps_memory(4 * shape.numel):
         table["new"] = partial(new_memory_contender, shape, inputs, backend)
     forward_kl = shape.op == "kd_loss" and shape.divergence == "forward_kl"
     if forward_kl and shape.C <= peers.MOST_FLA_CLASSES:

@@ -63,6 +63,17 @@ double fixed_sum(int64_t n, Value value) {
   return sum;
 }
 
+// Where the share of a thread begins. Each has as many rows that are not of weight 0, side by side:
+// what it fetches ahead it reads itself, and in the next call it finds them in its own caches.
+template <class Float>
+int64_t first_of_share(int64_t thread, int64_t threads, int64_t rows, const Float* weight) {
+  if (!weight || thread == 0 || thread == threads) return rows * thread / threads;
+  const auto counts = [](Float w) { return w != 0; };
+  int64_t before = std::count_if(weight, weight + rows, counts) * thread / threads, first = 0;
+  for (; before > 0; first++) before -= counts(weight[first]);
+  return first;
+}
+
 template <class Float>
 int64_t piece_of(int64_t C) {
   Arena arena(nullptr);
@@ -93,14 +104,8 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
   advise_huge_pages(grad_student, rows * C * size_of(student_dtype));
   advise_huge_pages(grad_teacher, rows * C * size_of(teacher_dtype));
 
-  // Waking a thread costs as much as some thousands of logits. Chunks of rows are whole blocks,
-  // large enough to hide their hand-out, small enough to balance rows of weight 0.
-  threads = int(std::clamp<int64_t>(rows * C / 8192, 1, threads));
-  const int64_t block = rows_in_block(C);
-  const int64_t blocks =
-      std::clamp<int64_t>(rows / (4 * threads), 1, std::max<int64_t>(1, 65536 / C)) / block;
-  const int64_t chunk = std::max<int64_t>(1, blocks) * block;
-  const int64_t chunks = (rows + chunk - 1) / chunk, piece = piece_of<Float>(C);
+  threads = int(std::clamp<int64_t>(rows * C / 8192, 1, threads));  // to wake one costs some time
+  const int64_t piece = piece_of<Float>(C);
   const int64_t inner = dims > 0 ? layout[dims - 1] : 1;  // rows with one stride
   const Rows students(student, student_dtype, dims, layout, 0);
   const Rows teachers(teacher, teacher_dtype, dims, layout, 1);
@@ -116,27 +121,25 @@ void forward(int64_t rows, int64_t C, int64_t batch, int64_t dims, const int64_t
       beta,
       divergence != Divergence::jsd && goes_past(grad_student, student_dtype) &&
           goes_past(grad_teacher, teacher_dtype)};
-#pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const FlushToZero flush;
-    Arena arena(workspace + omp_get_thread_num() * piece);
+    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+    Arena arena(workspace + thread * piece);
     DivergenceBlock<Float> block(options, C, arena);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < chunks; i++) {
-      const int64_t end = std::min(rows, (i + 1) * chunk);
-      for (int64_t r = i * chunk, n; r < end; r += n) {
-        n = weight ? 1 : std::min(end, r / inner * inner + inner) - r;
-        if (weight && weight[r] == 0) {
-          if (grad_student) std::memset(student_grads[r], 0, size_t(C * size_of(student_dtype)));
-          if (grad_teacher) std::memset(teacher_grads[r], 0, size_t(C * size_of(teacher_dtype)));
-          row_loss[r] = 0;
-        } else {
-          block.add(n, students.from(r), teachers.from(r), student_grads.from(r),
-                    teacher_grads.from(r), factor(r), row_loss + r);
-        }
+    const int64_t end = first_of_share(thread + 1, count, rows, weight);
+    for (int64_t r = first_of_share(thread, count, rows, weight), n; r < end; r += n) {
+      n = weight ? 1 : std::min(end, r / inner * inner + inner) - r;
+      if (weight && weight[r] == 0) {
+        if (grad_student) std::memset(student_grads[r], 0, size_t(C * size_of(student_dtype)));
+        if (grad_teacher) std::memset(teacher_grads[r], 0, size_t(C * size_of(teacher_dtype)));
+        row_loss[r] = 0;
+      } else {
+        block.add(n, students.from(r), teachers.from(r), student_grads.from(r),
+                  teacher_grads.from(r), factor(r), row_loss + r);
       }
-      block.flush();
     }
+    block.flush();
     if (options.past_caches) stored_past();
   }
   const auto value = [&](int64_t r) { return row_loss[r] == 0 ? 0.0 : factor(r) * row_loss[r]; };

@@ -97,8 +97,10 @@ void run_directions(const Problem<Float>& p, const Workspace<Float>& workspace, 
     for (int64_t i = 0; i < 2 * p.N; i++) utterances[i / 2].first_halves(i % 2 == 0, i % 2 == 1);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.N; n++) utterances[n].meet();
+    // Each direction goes on where the other was: of one utterance, the thread that made the rows
+    // of these frames' gradient and the states that are stored takes them from its own caches.
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < 2 * p.N; i++) utterances[i / 2].second_halves(i % 2 == 0, i % 2 == 1);
+    for (int64_t i = 0; i < 2 * p.N; i++) utterances[i / 2].second_halves(i % 2 == 1, i % 2 == 0);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.N; n++) {
       utterances[n].finish(scratch);

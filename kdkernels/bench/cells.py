@@ -1,15 +1,15 @@
-"""What contenders are called, which ratio is theirs, and how a figure and a table are written."""
+"""Names of the contenders, which ratio is theirs, and how figures and tables are written."""
 
 from statistics import median
 
 # Logit tensors that a step must read or write, and what they are.
 MOVES = {
     "kd_loss": (3, "student and teacher are read, the gradient is written"),
-    "ctc_loss": (3, "the logits are read for the softmax and again for the gradient, written"),
+    "ctc_loss": (3, "the logits are read for the softmax and for the gradient, which is written"),
     "ctc_kd_loss": (5, "student and teacher are read twice, the gradient is written"),
     "ctc_align": (1, "the logits are read"),
 }
-# One word a contender: what it is called in a table.
+# What a contender is called in a table.
 NAMES = {
     "ours": "this package",
     "new": "this package, new memory",
@@ -25,7 +25,7 @@ NAMES = {
     "torchaudio": "torchaudio",
     "copy": "copy",
 }
-# Of these ours takes a share of the time; of the others it is so many times as fast.
+# Their ratio is our time over theirs; that of the others is a speed-up, their time over ours.
 OF_THEIRS = ("separate", "copy")
 
 
@@ -34,8 +34,8 @@ def of_theirs(name: str) -> bool:
 
 
 def compared(name: str, contenders) -> tuple[str, str]:
-    """Whose time over whose is the ratio of a contender. A copy goes into new memory, and is
-    compared with what does so too."""
+    """Whose time over whose is a contender's ratio. A copy goes into new memory, so it is compared
+    with `new` where that was measured."""
     if not of_theirs(name):
         return name, "ours"
     return "new" if name == "copy" and "new" in contenders else "ours", name

@@ -8,12 +8,14 @@ from .sections import SECTIONS
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # huge pages for torch's and everybody's tensors
 LEGEND = (
-    "Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the others. V is the size of one "
-    "logit tensor; peak memory counts the gradient, which is 1 V, and not the inputs; it is of "
-    "resident pages of 4 KB, what the allocator keeps among them, which is more the more tensors "
-    "there are."
+    "- Shapes are (rows, C) for `kd_loss` and (T, N, C, S) for the other operators.",
+    "- V is the size of one logit tensor.",
+    "- Peak memory includes the gradient (1 V) and excludes the inputs. It counts resident pages "
+    "of 4 KB, and so also what the allocator wastes, which grows with the number of tensors.",
+    "- A speed-up is the median of the ratios within the rounds that both contenders ran in; it "
+    "need not be the quotient of the two medians.",
 )
-NO_GPU = "Not measured: a GPU. There is no number of one in these tables."
+NO_GPU = "No GPU was measured: these tables contain no GPU figures."
 
 
 def conditions(result: dict) -> str:
@@ -74,38 +76,39 @@ def times_table(result: dict) -> str:
 def summary(result: dict) -> str:
     """What the benchmark prints at its end."""
     parts = [conditions(result), times_table(result)]
-    for title in ("Where another is faster", "Floors"):
-        if text := SECTIONS[title](result):
-            parts += [f"{title}:", text]
+    for name in ("Where another is faster", "Floors"):
+        if text := SECTIONS[name](result):
+            parts += [f"{name}:", text]
     return "\n\n".join(parts)
 
 
 def headline(results: list[dict]) -> str:
-    """What stands at the head of the README: what each operator gains, least to most."""
-    parts = []
-    for result in results:
-        rows = []
-        for op in dict.fromkeys(row["op"] for row in result["rows"]):
+    """What stands at the head of the README: the gains of each operator on each machine."""
+    rows = []
+    for op in dict.fromkeys(row["op"] for result in results for row in result["rows"]):
+        for result in results:
             of_op = [row for row in result["rows"] if row["op"] == op and "eager" in row["ratios"]]
             faster = sorted(row["ratios"]["eager"]["value"] for row in of_op)
             peaks = [row.get("peak_memory") or {} for row in of_op]
             less = sorted(p["eager"] / p["ours"] for p in peaks if {"eager", "ours"} <= p.keys())
             if faster:
-                rows.append([f"`{op}`", extent(faster), extent(less)])
-        m = result["machine"]
-        parts += [
-            f"Against eager torch, forward and backward, on {m.get('gpu') or m['cpu']}, "
-            f"{result['threads']} threads, "
-            + ("every contender with huge pages, " if pages_for_all(result) else "")
-            + "over shapes from a single utterance to large batches:",
-            table(["op", "times as fast", "times less memory"], rows),
-        ]
-    return "\n\n".join(parts)
+                where = f"{title(result)}, {result['threads']} threads"
+                rows.append([f"`{op}`", where, extent(faster), extent(less)])
+    return (
+        "Against eager torch, forward and backward, over shapes from a single utterance to large "
+        "batches:\n\n" + table(["op", "machine", "times as fast", "times less memory"], rows)
+    )
+
+
+def title(result: dict) -> str:
+    """The machine, and whether every contender had huge pages."""
+    machine = result["machine"].get("gpu") or result["machine"]["cpu"]
+    return f"{machine}, huge pages for all" if pages_for_all(result) else machine
 
 
 def readme_section(results: list[dict]) -> str:
-    """What stands in the README under "Speed and memory": the first result of a CPU, the first of
-    a GPU. The head has the others' summaries, docs/ the whole."""
+    """What stands in the README under "Speed and memory": the first result of a CPU and the first
+    of a GPU. The head has summaries of the others, docs/ has everything."""
     parts, shown = [], {}
     for result in results:
         shown.setdefault(bool(result["machine"].get("gpu")), result)
@@ -114,13 +117,15 @@ def readme_section(results: list[dict]) -> str:
             f"{conditions(result)} From raw logits to gradient (forward and backward), medians.",
             times_table(result),
         ]
-    parts.append(
-        f"{LEGEND} `of copy`: bytes that must move, per second, as a share of what a copy "
-        "reaches before and after the row (more where the caches hold the data). A number of times "
-        "is a median of rounds that both ran in, and need not be the quotient of the medians. "
-        "torch.compile leaves torch's CTC as it is: `ctc_loss` is compiled from 1000 classes on, "
-        "where it has a log_softmax to fuse."
+    of_copy = (
+        "- `of copy` is the rate of the bytes that must move, as a share of what a copy reaches "
+        "before and after the row; it may exceed 100 % where the data fits the caches."
     )
+    compiled = (
+        "- torch.compile leaves torch's CTC as it is, so `ctc_loss` is compiled only from 1000 "
+        "classes on, where it has a log_softmax to fuse."
+    )
+    parts.append("\n".join([*LEGEND, of_copy, compiled]))
     if not has_gpu(results):
         parts.append(NO_GPU)
     return "\n\n".join(parts)
@@ -128,26 +133,28 @@ def readme_section(results: list[dict]) -> str:
 
 def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
     """Everything that was measured."""
+    notes = (
+        "- Contenders take turns, round after round, in one process. Figures are medians with "
+        "quartiles. A slow contender sits rounds out, but runs in at least five.",
+        "- On Linux this package asks for huge pages for its outputs. The others get the pages "
+        "that their allocator takes: 4 KB ones, unless it is told otherwise "
+        f"(`GLIBC_TUNABLES={HUGE_PAGES}`).",
+        "- This package keeps the memory of a gradient of 1 MB or more for the next one, while the "
+        "others wait for new pages to be zeroed. The contender `this package, new memory` is this "
+        "package without that. A result without that contender is of a commit that kept nothing.",
+        "- Student and teacher logits are independent normal numbers: no row is near convergence, "
+        "where `kd_loss` takes longer.",
+    )
     parts = [
         "# Benchmarks",
-        "Made by `python -m kdkernels.bench.report` from JSON files; do not edit. Contenders take "
-        "turns, round after round, in one process; figures are medians with quartiles. A ratio is "
-        "the median, with quartiles, of the ratios within the rounds that both ran in: a slow one "
-        "sits rounds out, but runs in five at the least. So it need not be the quotient of the two "
-        "medians. On Linux this package asks for huge pages for its outputs; the others, copies "
-        "too, have the pages that their allocator takes, 4 KB ones unless it is told otherwise "
-        f"(`GLIBC_TUNABLES={HUGE_PAGES}`). It also keeps the memory of a gradient of 1 MB and more "
-        "for the next one, where the others wait for new pages to be zeroed; the contender with "
-        "new memory is this package without that. Logits of student and teacher are independent "
-        "normal numbers: no row is near convergence, where `kd_loss` takes longer. " + LEGEND,
+        "Made by `python -m kdkernels.bench.report` from JSON files; do not edit.",
+        "\n".join([*notes, *LEGEND]),
     ]
     for result in results:
-        where = result["machine"].get("gpu") or result["machine"]["cpu"]
-        parts += [f"## {where}{', huge pages for all' if pages_for_all(result) else ''}"]
-        parts += [conditions(result), peers_list(result)]
-        for title, section in SECTIONS.items():
+        parts += [f"## {title(result)}", conditions(result), peers_list(result)]
+        for name, section in SECTIONS.items():
             if text := section(result):
-                parts += [f"### {title}", text]
+                parts += [f"### {name}", text]
     if not has_gpu(results):
         parts.append(NO_GPU)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]

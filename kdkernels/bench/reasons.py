@@ -1,5 +1,5 @@
-"""Why a row is as it is, on the machines of the committed results alone: a test wants these
-reasons, and no other machine is told them."""
+"""Why a row is slow, on the machines of the committed results alone. A test demands a reason for
+each such row; results from other machines are given none."""
 
 
 def slower_because(cpu: str, op: str, shape: str) -> str | None:
@@ -15,33 +15,33 @@ def missed_because(cpu: str, op: str, shape: str, contender: str) -> str | None:
 SLOWER_BECAUSE: dict[str, dict[tuple[str, str], str]] = {}
 ON_EPYC: dict[tuple[str, str, str], str] = {
     ("kd_loss", "(6400, 32)", "eager"): "A call costs 0.04 ms at the smallest size (see Cost of "
-    "a call), half of an eighth of eager's time.",
+    "a call), which is half of what the floor allows, an eighth of eager's time.",
     ("kd_loss", "(6400, 32)", "copy"): "The copy of 1 MB takes less than a call costs.",
-    ("kd_loss", "(8192, 1000)", "eager"): "Ours takes between 1.3 and 2 times a copy; eager's "
-    "own time differs more from run to run, with the pages it is given.",
+    ("kd_loss", "(8192, 1000)", "eager"): "This package takes 1.3 to 2 times as long as a copy; "
+    "eager's time varies more than that from run to run, with the pages it gets.",
     ("kd_loss", "(1024, 32000)", "eager"): "Half of the copy bandwidth is used. "
-    "Eager differs from run to run with the pages it is given.",
-    ("ctc_loss", "(400, 16, 1000, 60)", "eager"): "By less than the spread of the ratio.",
-    ("ctc_loss", "(150, 16, 5000, 20)", "eager"): "Not profiled there. Ours uses 3 tenths of the "
-    "copy bandwidth.",
-    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "Fusing saves passes over the logits, small "
-    "here, and leaves the recursion as it is. ctc_loss alone took from a half to four fifths of "
-    "the time of the two, from run to run: why it differs so much is not known.",
-    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): "It takes three times a copy of 3 V; up to a "
-    "tenth is missing, about what eager's time differs by.",
+    "Eager's time varies from run to run with the pages it gets.",
+    ("ctc_loss", "(400, 16, 1000, 60)", "eager"): "Missed by less than the spread of the ratio.",
+    ("ctc_loss", "(150, 16, 5000, 20)", "eager"): "Not profiled on this machine. This package "
+    "uses three tenths of the copy bandwidth.",
+    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "Fusing saves passes over the logits, "
+    "which are small here, and leaves the recursion as it is. ctc_loss alone took from a half to "
+    "four fifths of the time of the two; why this varies so much from run to run is not known.",
+    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): "It takes three times as long as a copy of "
+    "3 V. Missed by up to a tenth, about as much as eager's time varies.",
 }
-BOUND = "of the copy bandwidth are used: the rest depends on eager's time."
+BOUND = "of the copy bandwidth is used; the rest depends on eager's time."
 ON_XEON: dict[tuple[str, str, str], str] = {
     ("kd_loss", "(6400, 32)", "eager"): "A call costs 0.05 ms at the smallest size (see Cost of a "
-    "call), and more where the logits push Python out of the caches; the backend's function takes "
-    "0.09 ms of it in a loop of its own.",
+    "call), and more where the logits push Python out of the caches; the backend's function alone, "
+    "in a loop, takes 0.09 ms.",
     ("kd_loss", "(6400, 32)", "copy"): "The copy of 1 MB takes less than a call costs.",
-    ("kd_loss", "(4096, 5000)", "eager"): f"With huge pages for all: 7 tenths {BOUND}",
-    ("kd_loss", "(1024, 32000)", "eager"): f"Three quarters and more {BOUND}",
+    ("kd_loss", "(4096, 5000)", "eager"): f"With huge pages for all: seven tenths {BOUND}",
+    ("kd_loss", "(1024, 32000)", "eager"): f"Three quarters or more {BOUND}",
     ("ctc_loss", "(400, 16, 1000, 60)", "eager"): f"Seven tenths {BOUND}",
     ("ctc_loss", "(150, 16, 5000, 20)", "eager"): f"All {BOUND}",
-    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "Fusing saves passes over the logits, small "
-    "here, and leaves the recursion as it is.",
-    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): f"Two thirds and more {BOUND}",
+    ("ctc_kd_loss", "(500, 32, 32, 100)", "separate"): "Fusing saves passes over the logits, "
+    "which are small here, and leaves the recursion as it is.",
+    ("ctc_kd_loss", "(400, 16, 1000, 60)", "eager"): f"Two thirds or more {BOUND}",
 }
 MISSED_BECAUSE = {"AMD EPYC": ON_EPYC, "Intel(R) Xeon(R) Processor": ON_XEON}

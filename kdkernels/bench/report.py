@@ -58,7 +58,7 @@ def main():
         try:
             results.append(checked(json.loads(path.read_text())))
         except (OSError, ValueError) as error:
-            p.error(f"{path} is no result of `python -m kdkernels.bench --json`: {error}")
+            p.error(f"{path} is not a result of `python -m kdkernels.bench --json`: {error}")
     readme, docs = args.root / "README.md", args.root / "docs"
     if not readme.is_file():
         p.error(f"there is no {readme}; run it from the repository, or give --root")

@@ -5,7 +5,7 @@ from .cells import MOVES, NAMES, measured_names, named_table, of_theirs, table, 
 from .reasons import missed_because, slower_because
 from .shapes import COPIES
 
-UNSAID = "Nobody has said why, on this machine."
+UNSAID = "No reason is recorded for this machine."
 
 
 def every_time(result: dict) -> str:
@@ -19,9 +19,9 @@ def every_time(result: dict) -> str:
             cells.append(str(t.get("rounds", "")))
             rows.append(cells)
     return (
-        "The ratio is a contender's time over ours: so many times as fast is ours. For `copy` and "
-        "`ctc_loss + kd_loss` it is our time over theirs; for `copy`, which writes to new memory, "
-        "our time in new memory.\n\n"
+        "The ratio is a contender's time over ours: how many times as fast this package is. For "
+        "`copy` and `ctc_loss + kd_loss` it is our time over theirs; `copy` writes to new memory, "
+        "and is compared with our time in new memory.\n\n"
         + table(["op", "shape", "", "contender", "median", "quartiles", "ratio", "rounds"], rows)
     )
 
@@ -62,8 +62,10 @@ def floors(result: dict) -> str:
         for row, name, floor in every
         if not floor["met"]
     ]
-    missed = f"{len(lines)} of the {len(every)} that this project set itself are missed in this run"
-    return every and "\n\n".join([missed + ".", *(["\n".join(lines)] if lines else [])])
+    missed = f"Of the {len(every)} floors that this project sets itself, this run misses"
+    return every and "\n\n".join(
+        [f"{missed} {len(lines)}.", *(["\n".join(lines)] if lines else [])]
+    )
 
 
 def traffic(result: dict) -> str:
@@ -89,12 +91,12 @@ def traffic(result: dict) -> str:
     head = ["op", "shape", "V", "GB/s", "of copy", threads, "one thread", "eager on one"]
     return (
         f"Bytes that must move:\n\n{words}\n\n"
-        "GB/s are these bytes over the median time; `of copy` is their share of what a copy of "
+        "GB/s is these bytes divided by the median time; `of copy` is its share of what a copy of "
         "128 MB reads and writes per second, measured before and after the row. `eager on "
-        "one`: eager torch's time over ours, both on one thread (plain torch's for `ctc_align`), "
-        "over five rounds. The contender `copy` writes to new memory, got as this package's is, "
+        "one` is eager torch's time over ours (plain torch's for `ctc_align`), both on one thread, "
+        "over five rounds. The contender `copy` reads and writes once, into new memory, "
         + ", ".join(f"{n:g} V for `{op}`" for op, n in COPIES.items())
-        + ", each read once and written once.\n\n"
+        + ".\n\n"
         + table(head, rows)
     )
 
@@ -115,7 +117,8 @@ def peak_memory(result: dict) -> str:
         return ""
     return (
         "What a step has in use at its peak beyond the inputs: resident pages, as the system "
-        "counts them; of optax what XLA plans, since it keeps its memory between steps.\n\n" + shown
+        "counts them; for optax what XLA plans, since it keeps its memory between steps.\n\n"
+        + shown
     )
 
 
@@ -126,8 +129,8 @@ def errors(result: dict) -> str:
 
     text = named_table(result, "errors", show)
     return text and (
-        "Of the summed loss, relative, and of the gradient, over its largest element. One "
-        f"that differs from float64 is marked.\n\n{text}"
+        "Relative error of the summed loss / greatest error of the gradient over its largest "
+        f"element. A contender that differs from float64 is marked.\n\n{text}"
     )
 
 
@@ -175,8 +178,8 @@ def training_step(result: dict) -> str:
     if not rows and "training_step" in result:
         return "Not measured: it needs what the extra `train` installs."
     return rows and (
-        "A step of the training program's student with `ctc_kd_loss`, and the share of it that the "
-        "loss takes (the rest is the same step with a gradient that is there already).\n\n"
+        "A step of the training program's student with `ctc_kd_loss`, and the loss's share of it "
+        "(the rest is the time of the same step with a ready-made gradient).\n\n"
         + table(["(T, N, C, S)", "parameters", NAMES["ours"], NAMES["eager"]], rows)
     )
 
@@ -189,8 +192,8 @@ def in_a_loop(result: dict) -> str:
     ]
     head = ["op", "shape", NAMES["ours"], NAMES["eager"], "no loss"]
     return rows and (
-        "Between a linear layer and its update: a second pool of threads would show here. Logits "
-        "of more than 8 million numbers are left out: there the layer hides the loss.\n\n"
+        "The loss between a linear layer and its update, where a second pool of threads would "
+        "show. Logits of more than 8 million elements are left out: the layer hides the loss.\n\n"
         + table(head, rows)
     )
 

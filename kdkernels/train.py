@@ -26,13 +26,14 @@ from kdkernels.asr.extras import needed
 
 with needed():
     from kdkernels.asr import arms, example, files, processes, report, teachers, training
-    from kdkernels.asr import settings as settings_module
     from kdkernels.asr.arms import ARMS, TEACHERS
     from kdkernels.asr.console import say, warn, write
     from kdkernels.asr.evaluation import evaluate, evaluate_teachers, measure_loss
     from kdkernels.asr.folder import Folder, alone
+    from kdkernels.asr.markdown import markdown
+    from kdkernels.asr.options import parse
     from kdkernels.asr.prepare import prepare
-    from kdkernels.asr.settings import Settings, parse
+    from kdkernels.asr.settings import Settings, warnings, with_seed
     from kdkernels.asr.stages import (
         Experiment,
         Trained,
@@ -52,7 +53,7 @@ def run(settings: Settings) -> dict:
         files.check_writable(folder, "--out and --cache")
         if processes.rank() == 0:  # the others would walk a folder that it is setting aside
             files.remove_unfinished(folder)
-    for text in settings_module.warnings(settings):
+    for text in warnings(settings):
         warn(text)
     on = training.machine(settings)
     opened = teachers.open_teachers(settings.teachers)
@@ -119,7 +120,7 @@ def run_seeds(settings: Settings) -> dict:
     if processes.rank() == 0:
         Folder(Path(settings.out), settings).begin()
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    results = [run(settings_module.with_seed(settings, seed)) for seed in seeds]
+    results = [run(with_seed(settings, seed)) for seed in seeds]
     together = report.over_seeds(results)
     if processes.rank() == 0:
         report.write(together, Path(settings.out))
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with processes.group(), alone(Path(settings.out)):
             results = run_seeds(settings)
-            say(report.markdown(results))
+            say(markdown(results))
     except files.TrainError as error:
         write(f"error: {error}", sys.stderr)
         return 2

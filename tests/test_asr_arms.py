@@ -17,6 +17,7 @@ from kdkernels.asr import (
     features,
     files,
     losses,
+    markdown,
     model,
     report,
     settings,
@@ -250,5 +251,6 @@ def test_the_difference_of_two_rates_is_over_the_same_utterances():
 
 
 def test_a_change_that_rounds_to_zero_has_no_sign():
-    assert [report.signed(x) for x in (0.3, -0.3, 35.4, -2.0)] == ["0", "0", "-35", "+2"]
-    assert [report.points(x) for x in (0.04, -0.04, 1.26, -1.8)] == ["+0.0", "+0.0", "+1.3", "-1.8"]
+    assert [markdown.signed(x) for x in (0.3, -0.3, 35.4, -2.0)] == ["0", "0", "-35", "+2"]
+    points = [markdown.points(x) for x in (0.04, -0.04, 1.26, -1.8)]
+    assert points == ["+0.0", "+0.0", "+1.3", "-1.8"]

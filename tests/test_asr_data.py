@@ -5,7 +5,17 @@ import pytest
 import soundfile
 import torch
 
-from kdkernels.asr import audio, batches, data, decode, features, model, settings, sources
+from kdkernels.asr import (
+    audio,
+    batches,
+    data,
+    decode,
+    features,
+    model,
+    options,
+    settings,
+    sources,
+)
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 15999, 44101])
@@ -166,7 +176,7 @@ def test_text_is_normalised():
 )
 def test_settings_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        settings.parse(arguments)
+        options.parse(arguments)
     error = " ".join(capsys.readouterr().err.split())
     assert message in error
 
@@ -174,16 +184,16 @@ def test_settings_that_make_no_sense(arguments, message, capsys):
 def test_a_switch_in_a_settings_file_is_true_or_false(tmp_path, capsys):
     config = tmp_path / "settings.yaml"
     config.write_text("skip_bad: true")
-    assert settings.parse(["--config", str(config)]).skip_bad
+    assert options.parse(["--config", str(config)]).skip_bad
     config.write_text("skip_bad: 7")
     with pytest.raises(SystemExit, match="2"):
-        settings.parse(["--config", str(config)])
+        options.parse(["--config", str(config)])
     assert "--skip-bad must be true or false, got 7" in capsys.readouterr().err
 
 
 def test_help_shows_defaults_as_they_are_written(capsys):
     with pytest.raises(SystemExit, match="0"):
-        settings.parse(["--help"])
+        options.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: )" not in text
     assert "learn from; see below (default: own)" in text
@@ -191,6 +201,6 @@ def test_help_shows_defaults_as_they_are_written(capsys):
 
 
 def test_presets_are_overridden_by_options():
-    parsed = settings.parse(["--preset", "quick", "--teacher-steps", "7"])
+    parsed = options.parse(["--preset", "quick", "--teacher-steps", "7"])
     assert parsed.teacher_steps == 7
     assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]

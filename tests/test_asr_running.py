@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import TINY, altered
 
 from kdkernels import train
-from kdkernels.asr import files, recognise, settings, training
+from kdkernels.asr import files, options, recognise, settings, training
 
 STUDENT = "student_distilled.safetensors"
 ARMS = "--arms=alone,distilled"
@@ -155,15 +155,15 @@ def test_metrics_have_a_line_for_each_point(out):
 
 def test_the_printed_settings_are_those_of_the_preset(capsys):
     with pytest.raises(SystemExit, match="0"):
-        settings.parse(["--preset", "quick", "--keep=3", "--print_config"])
+        options.parse(["--preset", "quick", "--keep=3", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["teacher_steps"] == settings.PRESETS["quick"]["teacher_steps"]
     assert printed["keep"] == 3
 
 
 def test_the_resolved_settings_can_be_given_back(out):
-    parsed = settings.parse(["--config", str(out / "settings.yaml")])
-    assert parsed == settings.parse([*TINY, ARMS, "--out", str(out)])
+    parsed = options.parse(["--config", str(out / "settings.yaml")])
+    assert parsed == options.parse([*TINY, ARMS, "--out", str(out)])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_resolved_settings_can_be_given_back(out):
 def test_a_settings_file_and_the_command_line_over_it(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     given = ["--preset=quick", f"--config={tmp_path / name}", "--seed=4", "--skip-bad"]
-    parsed = settings.parse(given)
+    parsed = options.parse(given)
     assert parsed.skip_bad
     assert (parsed.teacher_steps, parsed.seed) == (7, 4)
     assert parsed.student_steps == settings.PRESETS["quick"]["student_steps"]
@@ -184,9 +184,9 @@ def test_settings_are_printed_in_the_format_of_their_file(tmp_path, capsys, name
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(SystemExit, match="0"):
-        settings.parse([f"--config={path}", "--arms=alone,distilled", "--print_config"])
+        options.parse([f"--config={path}", "--arms=alone,distilled", "--print_config"])
     path.write_text(capsys.readouterr().out)
-    assert settings.parse([f"--config={path}"]) == settings.Settings(
+    assert options.parse([f"--config={path}"]) == settings.Settings(
         seed=3, arms=["alone", "distilled"]
     )
 
@@ -199,7 +199,7 @@ def test_a_list_on_the_command_line(tmp_path, given, config):
     path = tmp_path / "a.toml"
     path.write_text(config)
     for more in ([], [f"--config={path}"]):
-        parsed = settings.parse([*more, "--arms", given])
+        parsed = options.parse([*more, "--arms", given])
         assert parsed == settings.Settings(arms=["alone", "distilled"])
 
 
@@ -208,7 +208,7 @@ def test_a_list_with_a_mistake_shows_a_right_one(tmp_path, monkeypatch, capsys, 
     (tmp_path / "a.yaml").write_text("arms: 7")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        settings.parse([arms])
+        options.parse([arms])
     assert "alone,distilled" in capsys.readouterr().err
 
 
@@ -218,7 +218,7 @@ def test_a_list_with_a_mistake_shows_a_right_one(tmp_path, monkeypatch, capsys, 
 def test_a_settings_file_with_a_mistake(tmp_path, text, message, capsys):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        settings.parse(["--config", str(tmp_path / "a.toml")])
+        options.parse(["--config", str(tmp_path / "a.toml")])
     assert message in capsys.readouterr().err
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tones import RATE, in_blocks, sentence, tones
 
-from kdkernels.asr import audio, features, files, model, recognise
+from kdkernels.asr import audio, features, files, frontend, model, recognise
 
 
 def test_windows_put_together_are_the_stream():
     stream = torch.arange(100)
     for left, right, unit, size in ((0, 0, 1, 7), (6, 5, 3, 1), (9, 0, 3, 40), (3, 9, 1, 200)):
         seen = []
-        for window, first, count in recognise.overlapping(stream.split(size), left, right, unit):
+        for window, first, count in frontend.overlapping(stream.split(size), left, right, unit):
             kept = window[first : first + count].tolist()
             assert window[:first].tolist() == list(range(len(seen)))[len(seen) - first :]
             assert first == min(left, len(seen)) or first % unit == 0
@@ -26,7 +26,7 @@ def test_windows_put_together_are_the_stream():
             assert len(after) >= right or len(seen) + len(after) == 100
             assert after == list(range(100))[len(seen) : len(seen) + len(after)]
         assert seen == list(range(100))
-    assert list(recognise.overlapping([], 1, 1)) == []
+    assert list(frontend.overlapping([], 1, 1)) == []
 
 
 ENCODERS = pytest.mark.parametrize("sizes", [(16, 4, 6), (16, 4, 6, 4, 2), (16, 5, 6, 7, 1)])
@@ -71,8 +71,8 @@ def test_what_a_frame_depends_on(sizes):
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000, 44101])
 def test_resampling_in_blocks_is_resampling_at_once(rate):
     samples = np.random.default_rng(0).standard_normal(rate).astype(np.float32) * 0.1
-    whole = torch.cat(list(recognise.resampled([samples], rate)))
-    pieces = torch.cat(list(recognise.resampled(in_blocks(samples, 777), rate)))
+    whole = torch.cat(list(frontend.resampled([samples], rate)))
+    pieces = torch.cat(list(frontend.resampled(in_blocks(samples, 777), rate)))
     assert len(whole) == RATE
     torch.testing.assert_close(pieces, whole, atol=1, rtol=0)
     once = torch.from_numpy(audio.to_int16(audio.resample(samples, rate)))
@@ -83,14 +83,14 @@ def test_resampling_in_blocks_is_resampling_at_once(rate):
 def test_energies_in_blocks_are_those_at_once(samples):
     x = torch.randint(-9000, 9000, (samples,), generator=torch.Generator().manual_seed(0)).short()
     for size in (samples, 160, 333):
-        rows = torch.cat(list(recognise.energies(x.split(size))))
+        rows = torch.cat(list(frontend.energies(x.split(size))))
         torch.testing.assert_close(rows, features.log_energies(x), atol=1e-4, rtol=1e-4)
 
 
 def test_without_pauses_frames_are_normalised_as_in_training():
     x = torch.randint(-9000, 9000, (8000,), generator=torch.Generator().manual_seed(0)).short()
     energies = features.log_energies(x)  # 51 frames: each sees all the others
-    rows, heard = torch.cat(list(recognise.normalised([energies]))).split([features.MELS, 1], 1)
+    rows, heard = torch.cat(list(frontend.normalised([energies]))).split([features.MELS, 1], 1)
     assert (heard == 1).all()
     torch.testing.assert_close(rows, features.log_mel(x).float(), atol=2e-3, rtol=2e-3)
 
@@ -121,19 +121,19 @@ def test_silence_between_words_says_nothing(recogniser):
 
 def test_turns_begin_after_pauses():
     maybe = torch.zeros(400, dtype=torch.bool)
-    gap, tail = recognise.GAP, recognise.TAIL
+    gap, tail = frontend.GAP, frontend.TAIL
     second = 150 + tail + gap  # short of a pause by one frame
     third = second + 50 + tail + gap + 1
     for start in (100, second, third):
         maybe[start : start + 50] = True
-    heard, begun, later = recognise.turns(maybe)
+    heard, begun, later = frontend.turns(maybe)
     assert heard[100 : second + 50 + tail].all()
     assert not heard[:100].any()
     assert not heard[second + 50 + tail : third].any()
     assert begun[100:third].tolist() == [100] * (third - 100)
     assert later[100:third].tolist() == [third] * (third - 100)
     assert begun[third:].tolist() == [third] * (400 - third)
-    assert recognise.turns(maybe[: third + 50 + gap])[0][-1]  # it ends before a pause is one
+    assert frontend.turns(maybe[: third + 50 + gap])[0][-1]  # it ends before a pause is one
 
 
 def test_another_voice_after_a_pause(recogniser):

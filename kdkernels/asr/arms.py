@@ -52,3 +52,10 @@ TEACHERS = {
     "few": Teacher(f"teacher on {FEW} transcripts", FEW, True),
     "few_scratch": Teacher(f"teacher on {FEW} transcripts, not self-supervised", FEW, False),
 }
+
+# Of every model that a run may train: its file's name, and its row in the report.
+TITLES = {
+    "teacher": OWN.title,
+    **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
+    **{f"student_{name}": arm.title for name, arm in ARMS.items()},
+}

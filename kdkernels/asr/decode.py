@@ -10,13 +10,21 @@ from torch import Tensor
 from .data import Alphabet
 
 
-def greedy(logits: Tensor, lengths: Tensor, alphabet: Alphabet, blank: int = 0) -> list[str]:
-    """[N, T, C] logits -> the text of the best path of each: repeats merged, blanks dropped."""
-    texts = []
-    for path, length in zip(logits.argmax(-1).cpu(), lengths.tolist(), strict=True):
-        labels = torch.unique_consecutive(path[:length])
-        texts.append(alphabet.decode(labels[labels != blank].tolist()))
-    return texts
+def greedy(logits: Tensor, lengths: Tensor, alphabet: Alphabet) -> list[str]:
+    """[N, T, C] logits -> the text of the best path of each."""
+    paths = zip(logits.argmax(-1).cpu(), lengths.tolist(), strict=True)
+    return [_text(path[:length], alphabet) for path, length in paths]
+
+
+def greedy_one(logits: Tensor, alphabet: Alphabet) -> str:
+    """[T, C] logits -> the text of the best path."""
+    return _text(logits.argmax(-1).cpu(), alphabet)
+
+
+def _text(path: Tensor, alphabet: Alphabet) -> str:
+    """A CTC path, its repeats merged and its blanks (class 0) dropped."""
+    labels = torch.unique_consecutive(path)
+    return alphabet.decode(labels[labels != 0].tolist())
 
 
 class Errors(NamedTuple):

@@ -20,8 +20,7 @@ def evaluate_teachers(experiment: Experiment, opened: Opened) -> report.Score:
     """The same for the mixture of teachers."""
     test, alphabet = experiment.corpora.test, experiment.corpora.alphabet
     start = time.perf_counter()
-    rows = [(r[None], torch.tensor([len(r)])) for r in cache_logits(experiment, opened, test)]
-    texts = [decode.greedy(*row, alphabet)[0] for row in rows]
+    texts = [decode.greedy_one(row, alphabet) for row in cache_logits(experiment, opened, test)]
     return _score(test, texts, time.perf_counter() - start)
 
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import files, processes, report, settings
+from .arms import TITLES
 from .console import warn
 
-STAGES = ("ssl", *report.NAMES)
+STAGES = ("ssl", *TITLES)
 
 
 def _of(stage: str) -> list[str]:
@@ -133,6 +134,6 @@ def _move(source: Path, target: Path) -> None:
         os.replace(source, target)
     except OSError as error:
         raise files.TrainError(
-            f"cannot move {source} to {target}: {error.strerror or error}; mend that and run the "
+            f"cannot move {source} to {target}: {error.strerror or error}; fix that and run the "
             "same command again"
         ) from error

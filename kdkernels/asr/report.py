@@ -1,4 +1,4 @@
-"""report.json, with everything that was measured, and report.md, which anyone reads in a minute."""
+"""report.json: everything that was measured, of one seed or several; and what is made from it."""
 
 import json
 import math
@@ -14,19 +14,14 @@ import torch
 import kdkernels as kd
 
 from . import decode, plots
-from .arms import ARMS, OWN, TEACHERS
+from .arms import TITLES
 from .data import Corpora
 from .files import digest, write_bytes
+from .markdown import CAPTIONS, markdown
 from .settings import Settings
 from .training import Point
 
-NAMES = {
-    "teacher": OWN.title,
-    **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},
-    **{f"student_{name}": arm.title for name, arm in ARMS.items()},
-}
 WITHOUT, WITH = "student_distilled_without_transcripts", "student_transcribed"  # compared
-CAPTIONS = ("captions.wav", "captions.vtt", "captions.srt")
 FILES = ("report.json", "report.md", "wer.png", "loss.png", *CAPTIONS)
 
 
@@ -55,7 +50,7 @@ def make(
 ) -> dict:
     """Everything that was measured, as json writes it."""
     drawn = decode.resamples(len(corpora.test), settings.seed)
-    order = [name for name in NAMES if name in scores]
+    order = [name for name in TITLES if name in scores]
     scores = {name: scores[name] for name in order}
     alone, distilled = (scores[f"student_{name}"].words for name in ("alone", "distilled"))
     best = min(curves["student_alone"], key=lambda point: point.wer)
@@ -103,15 +98,6 @@ def make(
             **({} if settings.transcribed else {"espeakng-loader": version("espeakng-loader")}),
         },
     }
-
-
-def transcripts(name: str, counts: dict[str, int]) -> int:
-    """How many a model has learned from; those that a teacher wrote are not counted."""
-    role, _, arm = name.partition("_")
-    if role == "teacher":
-        few = TEACHERS[arm].transcripts if arm else None
-        return min(few or counts["transcribed"], counts["transcribed"])
-    return sum(counts[heard] for heard, whose in ARMS[arm].hears.items() if whose == "human")
 
 
 def over_seeds(results: list[dict]) -> dict:
@@ -172,147 +158,10 @@ def over_seeds(results: list[dict]) -> dict:
     return together
 
 
-def signed(reduction: float) -> str:
-    """A reduction in percent as a change: "-35"; "0" where it rounds to that."""
-    change = round(-reduction)
-    return f"{change:+}" if change else "0"
-
-
-def points(difference: float) -> str:
-    """A difference of two rates: "-1.8"; "+0.0" where it rounds to that."""
-    return f"{round(difference, 1) + 0.0:+.1f}"
-
-
-def markdown(r: dict) -> str:
-    """The report as a page."""
-    hours, counts = r["corpus"]["hours"], r["corpus"]["utterances"]
-    synthesised = r["corpus"]["speech"] != "recorded"
-    rows = []
-    for name, wer in r["wer"].items():
-        low, high = r["wer_interval"][name]
-        curve = r["curves"].get(name)
-        last = curve[-1] if curve else {"step": 0, "seconds": 0.0}
-        rows.append(
-            f"| {NAMES[name]} | {r['parameters'][name] / 1e6:.2f} M "
-            f"| {transcripts(name, counts)} | **{wer:.1f}** [{low:.1f}, {high:.1f}] "
-            f"| {r['cer'][name]:.1f} | {last['step']:.0f} | {last['seconds']:.0f} |"
-        )
-    low, high = r["relative_reduction_interval"]
-    best, loss = r["alone_best"], r["loss_ms"]
-    if r["steps_to_alone_wer"] is None:
-        sooner = "The distilled student did not reach the student alone on the dev set."
-    else:
-        sooner = (
-            f"The best dev WER of the student alone ({best['wer']:.1f} %, step {best['step']:.0f}, "
-            f"{best['seconds']:.0f} s) was reached by the distilled one at step "
-            f"{r['steps_to_alone_wer']:.0f}, after {r['seconds_to_alone_wer']:.0f} s."
-        )
-    behind = []
-    if r["behind_transcribed"] is not None:
-        ends = " to ".join(map(points, r["behind_transcribed_interval"]))
-        behind = [
-            "- WER of the student distilled without a transcript minus that of the one with "
-            f"everything transcribed: {points(r['behind_transcribed'])} points (interval {ends})."
-        ]
-    source = (
-        "The speech is synthesised (espeak-ng, a small grammar, added noise): these figures "
-        "compare the rows with each other, and never with LibriSpeech or any other recorded speech."
-        if synthesised
-        else "The speech is that of the manifests given."
-    )
-    seeds = r.get("seeds")
-    chance = (
-        f"- Means over seeds {', '.join(map(str, seeds))}; the intervals cover the choice of test "
-        "utterances and the chance of training."
-        if seeds
-        else "- The intervals cover the choice of test utterances, not the chance of training: for "
-        "that, give --seeds 3."
-    )
-    noise = [
-        f"- On the test set with noise added: {NAMES[name]} {wer:.1f} % "
-        f"[{', '.join(f'{x:.1f}' for x in r['noisy_wer_interval'][name])}]."
-        for name, wer in r["noisy_wer"].items()
-    ]
-    left_out = [
-        f"- Lines that could not be used and were left out: {count} of the {name} set."
-        for name, count in r["corpus"]["skipped"].items()
-        if count
-    ]
-    filtered = [
-        f"- {NAMES[name]}: {some} of {all_} {heard} utterances; of the others the teacher was not "
-        "sure enough, or it heard nothing in them."
-        for name, sets in r["corpus"]["kept"].items()
-        for heard, (some, all_) in sets.items()
-    ]
-    drawn = f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {r['settings']['seed']}"
-    first = f"seed-{seeds[0]}/" if seeds else ""
-    links = ", ".join(f"[{name}]({first}{name})" for name in CAPTIONS)
-    examples = [
-        f"| {' | '.join(e[k].replace('|', '/') or '-' for k in ('said', 'alone', 'distilled'))} |"
-        for e in r["examples"]
-    ]
-    unseen = "unseen voices and sentences, " if synthesised else ""
-    steps = [point["step"] for point in r["curves"]["student_alone"]]
-    students = [name for name in r["curves"] if name.startswith("student")]
-    curve = [
-        f"| {step:.0f} | " + " | ".join(f"{r['curves'][n][i]['wer']:.1f}" for n in students) + " |"
-        for i, step in enumerate(steps)
-    ]
-    return "\n".join(
-        [
-            "# Distillation report",
-            "",
-            f"Word error rate on {counts['test']} utterances ({unseen}95 % bootstrap interval), "
-            "in percent; lower is better.",
-            "",
-            "| | parameters | transcripts | WER | CER | steps | seconds |",
-            "|---|--:|--:|--:|--:|--:|--:|",
-            *rows,
-            "",
-            f"- **Distillation changes the student's WER by {signed(r['relative_reduction'])} %** "
-            f"(relative; interval {signed(high)} to {signed(low)}): same seed, same steps, same "
-            f"seconds of audio in a step, {hours['untranscribed']:.2f} h of untranscribed audio "
-            f"beside {hours['student']:.2f} h of transcribed audio.",
-            *behind,
-            f"- {sooner}",
-            f"- The loss of one step takes {loss['fused']:.2f} ms with kdkernels, "
-            f"{loss['torch']:.2f} ms with torch's own ops (relative difference of the two losses: "
-            f"{loss['difference']:.0e}), the step {r['step_ms']['student_distilled']:.0f} ms.",
-            f"- That loss uses {loss['fused_bytes'] / 1e6:.2f} MB at its peak, torch's "
-            f"{loss['torch_bytes'] / 1e6:.2f} MB.",
-            *filtered,
-            *left_out,
-            *noise,
-            chance,
-            f"- {source}",
-            "",
-            "![dev WER against steps and seconds](wer.png) ![cost of the loss](loss.png)",
-            "",
-            f"The first test utterances, one after the other, with the distilled student's "
-            f"captions: {links}.",
-            "",
-            "| what was said | the student alone wrote | the distilled one wrote |",
-            "|---|---|---|",
-            *examples,
-            "",
-            "Dev WER against steps:",
-            "",
-            "| step | " + " | ".join(NAMES[n] for n in students) + " |",
-            "|--:|" + "--:|" * len(students),
-            *curve,
-            "",
-            f"Corpus sha256 {r['corpus']['sha256'][:16]}, {drawn}, "
-            f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}; the last command took {r['seconds']['total']:.0f} s.",
-            "",
-        ]
-    )
-
-
 def write(results: dict, out: Path) -> None:
     write_bytes(out / "report.json", json.dumps(results, indent=1).encode())
     write_bytes(out / "report.md", markdown(results).encode())
-    named = {NAMES[name]: curve for name, curve in results["curves"].items() if name in NAMES}
-    students = {NAMES[name] for name in results["curves"] if name.startswith("student")}
-    write_bytes(out / "wer.png", plots.curves({n: c for n, c in named.items() if n in students}))
+    curves = results["curves"].items()
+    students = {TITLES[name]: curve for name, curve in curves if name.startswith("student")}
+    write_bytes(out / "wer.png", plots.curves(students))
     write_bytes(out / "loss.png", plots.loss(results["loss_ms"]))

@@ -1,46 +1,15 @@
-"""Every setting of the training program: its default, its help, its presets, its command line."""
+"""Every setting of the training program: its default, its help, its presets, what is wrong with
+it. options.py makes the command line from these."""
 
-import itertools
 import math
-import re
-import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
 
-# argparse with files and types; of the light libraries the one that reads TOML and YAML alike,
-# checks lists, and needs nothing but PyYAML
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
 from . import files
 from .arms import ARMS, TEACHERS
 from .model import ChunkAttention
-
-EPILOG = """
-Without --transcribed the speech is synthesised by espeak-ng, so that the whole experiment runs
-anywhere from nothing. On your own data, give --transcribed, --untranscribed and --test, each one of
-  FILE                             JSON lines as in NeMo, {"audio_filepath": "a.wav", "duration":
-                                   3.1, "text": "hello"}, paths relative to the file's folder
-  FOLDER with wav.scp              Kaldi: wav.scp, text, and segments where there are any
-  FOLDER of datasets.save_to_disk  Hugging Face: columns "audio" and "text" (or "sentence")
-  torchaudio:CLASS:ROOT[:ARGUMENT] e.g. torchaudio:LIBRISPEECH:/data:train-clean-100
-Audio is any format that libsndfile reads (wav, flac, ogg, mp3), any rate, any number of channels.
-
-A teacher of your own (--teachers) is one of
-  FILE.safetensors     a model that this program has trained
-  FOLDER               a Hugging Face CTC model (Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC)
-  torchaudio:BUNDLE    e.g. torchaudio:WAV2VEC2_ASR_BASE_960H
-  own                  the one this run trains
-each with =WEIGHT after it where several shall not count the same.
-
-The same command with the same --out goes on where it was, whatever ended it; finished stages are
-used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
-what does not depend on them is taken back; delete OUT/previous when you need nothing of it.
-
-Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
-out among them, and the results are those of one process but for rounding.
-"""
 
 FRAMES = ("all", "nonblank", "neighbours", "threshold")
 
@@ -49,15 +18,6 @@ def option(default, help: str, **argument):
     """A field and its command-line option in one."""
     kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else None
     return field(**(kind or {"default": default}), metadata={"help": help, **argument})
-
-
-def names(value) -> list[str]:
-    """A list of words, or "A,B" as on the command line, in [] and quotes or not."""
-    if isinstance(value, str):
-        value = value.strip().removeprefix("[").removesuffix("]").split(",")
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise ValueError(f"expected names, e.g. alone,distilled, got {value!r}")
-    return [word for x in value if (word := x.strip(" \"'"))]
 
 
 @dataclass(frozen=True)
@@ -137,7 +97,7 @@ class Settings:
     )
     frames: str = option(
         "all",
-        "frames distilled: all; nonblank: where the teacher's best class is no blank; neighbours: "
+        "frames distilled: all; nonblank: where the teacher's best class is not blank; neighbours: "
         "these and the ones beside them; threshold: where blank is less likely than "
         "--blank-threshold",
         choices=FRAMES,
@@ -146,7 +106,7 @@ class Settings:
     min_confidence: float = option(
         0.0,
         "leave out untranscribed utterances of which the teacher is less sure: mean, over the "
-        "frames whose best class is no blank, of that class's probability",
+        "frames whose best class is not blank, of that class's probability",
     )
     top_k: int = option(0, "keep the k best teacher logits of a frame and the rest's mass; 0: all")
     untranscribed_share: float = option(0.75, "share of untranscribed audio in a distillation step")
@@ -175,87 +135,6 @@ PRESETS = {
     },
     "full": {"arms": list(ARMS), "ssl_steps": 2500},
 }
-
-
-class _Parser(ArgumentParser):
-    def error(self, message, ex=None):
-        """Without the usage text: of so many options it would hide what is wrong."""
-        wrong = re.fullmatch(r'Parser key "(\w+)":\s+Expected an? <class \'(\w+)\'>. (.*)', message)
-        if wrong:
-            name, kind, got = wrong.groups()
-            got = got.removeprefix("Got value: ")
-            message = f"--{name.replace('_', '-')} must be a number ({kind}), got {got}"
-        self.exit(2, f"error: {message}; try --help\n")
-
-
-def _parser(mode: str):
-    class Help(DefaultHelpFormatter):
-        def _fill_text(self, text, width, indent):
-            return "".join(indent + line for line in text.splitlines(keepends=True))
-
-        def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
-            return None
-
-        def _get_help_string(self, action):
-            if action.default == "" or action.default is False:
-                return action.help
-            text = super()._get_help_string(action)
-            if isinstance(action.default, list):  # as it is written on the command line
-                text = text.replace("%(default)s", ",".join(action.default))
-            return text
-
-    parser = _Parser(
-        prog="python -m kdkernels.train",
-        description="Train a teacher, a student alone and students distilled from the teacher; "
-        "compare their word error rates.",
-        epilog=EPILOG,
-        formatter_class=Help,
-        parser_mode=mode,
-    )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="settings, in a TOML or YAML file"
-    )
-    parser.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        default="default",
-        help="default: about 6 minutes on two quiet cores; quick: about 3; full: "
-        "every arm, an hour or more; the options below override it one by one",
-    )
-    for setting in fields(Settings):
-        details = dict(setting.metadata)
-        if setting.type is bool:
-            details["action"] = "store_true"
-        elif "choices" not in details:
-            numeric = setting.type in (int, float)
-            details["type"] = names if setting.type == list[str] else setting.type
-            details.setdefault("metavar", "N" if numeric else "NAME")
-        default = getattr(Settings(), setting.name)
-        parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **details)
-    return parser
-
-
-def parse(arguments: list[str] | None = None) -> Settings:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    pairs = itertools.pairwise([*arguments, ""])
-    configs = [
-        after if name == "--config" else name.removeprefix("--config=")
-        for name, after in pairs
-        if name == "--config" or name.startswith("--config=")
-    ]
-    parser = _parser("toml" if any(c.endswith(".toml") for c in configs) else "yaml")
-    for config in configs:
-        if not Path(config).is_file():
-            parser.error(f"--config: there is no file {config!r}")
-    shown = [word for word in arguments if not word.startswith("--print_config")]  # afterwards
-    preset = parser.parse_args(shown).preset
-    parser.set_defaults(PRESETS[preset])
-    given = vars(parser.parse_args(arguments))
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)})
-    error = problem(settings)
-    if error:
-        parser.error(error)
-    return settings
 
 
 MAY_BE_ZERO = ("seed", "ctc_weight", "ssl_steps", "min_confidence", "top_k", "frame_shift")

@@ -237,8 +237,7 @@ def pools(experiment: Experiment, arm: Arm, opened: Opened) -> list[tuple[batche
                         "lower --min-confidence"
                     )
         if words == "teacher":
-            rows = [(row[None], torch.tensor([len(row)])) for row in logits]
-            texts = [decode.greedy(*row, corpora.alphabet)[0] for row in rows]
+            texts = [decode.greedy_one(row, corpora.alphabet) for row in logits]
             said = [i for i in pool.allowed or range(len(texts)) if texts[i].strip()]
             if not said:
                 raise files.TrainError(

@@ -158,7 +158,7 @@ def operator_tests():
 
 
 def pytest(*arguments):
-    """A warning is no error here: torch is the machine's, not the one that is tested against."""
+    """Warnings are not errors here: torch is the machine's, not the pinned one."""
     plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
     return [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
 

@@ -142,7 +142,7 @@ def test_a_full_disk_is_told_and_costs_nothing(out, tmp_path, capsys, monkeypatc
         code, said = again(tmp_path, capsys, *cache)
     assert code == 2
     assert said.startswith("error: cannot write ")
-    assert "No space left on device; mend that and run the same command again" in said
+    assert "No space left on device; fix that and run the same command again" in said
     assert again(tmp_path, capsys, *cache)[0] == 0
     assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
 

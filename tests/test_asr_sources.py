@@ -58,9 +58,9 @@ def test_a_manifest_and_its_offsets(folder):
         (b'{"audio_filepath": "a\\u0000b.wav", "text": "a"}', "cannot be opened"),
         (b'{"audio_filepath": "%s.wav", "text": "a"}' % (5000 * b"a"), "File name too long"),
         (b'{"audio_filepath": "circle.wav", "text": "a"}', "circle.wav"),
-        (b'{"audio_filepath": "a.wav", "text": "a", "duration": 1%s}' % (400 * b"0"), "no number"),
-        (50000 * b"[", "no JSON: "),
-        (b'{"audio_filepath": "a.wav", "text": "caf\xe9"}', "no UTF-8"),
+        (b'{"audio_filepath": "a.wav", "text": "a", "duration": 1%s}' % (400 * b"0"), "is not a"),
+        (50000 * b"[", "not JSON: "),
+        (b'{"audio_filepath": "a.wav", "text": "caf\xe9"}', "not UTF-8"),
     ],
 )
 def test_a_line_that_no_reader_expects(folder, line, message):
@@ -170,7 +170,7 @@ def test_lines_of_a_kaldi_folder_that_have_no_name_of_their_own(folder, capsys):
         ("wav.scp", 3, f"{folder / 'wav.scp'}, line 1 is for r1 too; keep one"),
         ("segments", 2, f"{folder / 'segments'}, line 1 is for s1 too; keep one"),
         ("text", 4, f"{folder / 'text'}, line 2 is for s2 too; keep one"),
-        ("text", 5, "no UTF-8"),
+        ("text", 5, "not UTF-8"),
     ):
         assert f"{folder / name}, line {line}: {reason}" in str(error.value)
     (shard,), skipped = sources.read(str(folder), True, skip_bad=True)
@@ -300,7 +300,7 @@ def test_a_row_whose_samples_are_no_numbers_is_named(folder):
     soundfile.write(folder / "a.wav", np.full(99, np.nan, "f4"), 16000, subtype="FLOAT")
     items = [{"bytes": (folder / "a.wav").read_bytes(), "path": None}]
     spec = hugging_face(folder, audio=items, text=["one"])
-    with pytest.raises(TrainError, match="hf, row 0: samples that are no numbers"):
+    with pytest.raises(TrainError, match="hf, row 0: samples that are not numbers"):
         sources.read(spec, True)
 
 
@@ -321,7 +321,7 @@ def test_samples_are_looked_at_where_they_are_used(folder):
     (shard,), _ = sources.read(str(folder / "m.jsonl"), True)
     assert len(heard([shard])[0][1]) == 8000
     (folder / "m.jsonl").write_text(json.dumps({**line, "duration": 1.0}))
-    with pytest.raises(TrainError, match=r"part\.wav holds samples that are no numbers"):
+    with pytest.raises(TrainError, match=r"part\.wav holds samples that are not numbers"):
         sources.read(str(folder / "m.jsonl"), True)
 
 

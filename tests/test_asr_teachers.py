@@ -110,7 +110,7 @@ def test_a_torchaudio_pipeline(monkeypatch, tmp_path):
     rows = teachers.cached(opened, utterances, alphabet, CPU, tmp_path, 0, lambda n: None)
     expected = torch.full_like(rows[0].float(), -torch.log(torch.tensor(28.0)).item())
     torch.testing.assert_close(rows[0].float(), expected, atol=5e-3, rtol=0)
-    with pytest.raises(TrainError, match="torchaudio:LARGE is no CTC pipeline"):
+    with pytest.raises(TrainError, match="torchaudio:LARGE is not a CTC pipeline"):
         teachers.open_teachers(["torchaudio:LARGE"])
 
 
@@ -124,8 +124,8 @@ def test_without_torchaudio_it_is_said(monkeypatch):
     ("spec", "message"),
     [
         ("nowhere", "the teacher nowhere cannot be read"),
-        (".", "is no Hugging Face CTC model"),
-        ("own=x", "the weight 'x' is no number"),
+        (".", "is not a Hugging Face CTC model"),
+        ("own=x", "the weight 'x' is not a number"),
         ("own=0", "the weight must be greater than 0"),
     ],
 )
@@ -162,7 +162,7 @@ def test_weights_that_are_cut_short(tmp_path, kept, pickled):
         torch.save(weights, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if kept != 0.5 else len(whole) // 2])
-    with pytest.raises(TrainError, match=f"{tmp_path} is no Hugging Face CTC model: ."):
+    with pytest.raises(TrainError, match=f"{tmp_path} is not a Hugging Face CTC model: ."):
         teachers.open_teachers([str(tmp_path)])
 
 
@@ -220,7 +220,7 @@ def test_a_vocabulary_is_that_of_the_classes(tmp_path):
     assert teacher.labels == ["a", " ", ""]
     for other in ({"eng": {"a": 0}}, ["a", "|", "<pad>"]):
         vocabulary.write_text(json.dumps(other))
-        with pytest.raises(TrainError, match="is no Hugging Face CTC model"):
+        with pytest.raises(TrainError, match="is not a Hugging Face CTC model"):
             teachers.open_teachers([str(tmp_path)])
 
 

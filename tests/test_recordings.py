@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, cap
     reasons = {
         "missing.wav": "there is no such file",
         "empty.wav": "holds no audio",
-        "nan.wav": "holds samples that are no numbers",
+        "nan.wav": "holds samples that are not numbers",
         "text.wav": "cannot be read as audio",
         "nothing.wav": "cannot be read as audio",
         "cut.wav": "is truncated",
@@ -164,7 +164,7 @@ def test_a_run_of_several_seeds_names_the_folder_of_one(tmp_path, capsys):
         (None, "there is no model"),
         (b"", "cannot be read as a model"),
         (b"x" * 1000, "cannot be read as a model"),
-        ({}, "is no model of `python -m kdkernels.train`"),
+        ({}, "is not a model of `python -m kdkernels.train`"),
         ({"shape": [8, 2, 5], "alphabet": " abcd"}, "cannot be read as a model"),
     ],
 )

@@ -213,20 +213,20 @@ def test_own_recordings(recordings):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 3: no JSON: Expecting property name"),
-        ("[1, 2]", "line 3: no JSON object but [1, 2]; expected e.g."),
-        ('"a0.wav"', 'line 3: no JSON object but "a0.wav"; expected e.g.'),
+        ("{broken", "line 3: not JSON: Expecting property name"),
+        ("[1, 2]", "line 3: not a JSON object but [1, 2]; expected e.g."),
+        ('"a0.wav"', 'line 3: not a JSON object but "a0.wav"; expected e.g.'),
         ('{"text": "a"}', "line 3: `audio_filepath` is missing; expected e.g."),
         ('{"audio_filepath": "a0.wav"}', "line 3: `text` is missing; expected e.g."),
-        ('{"audio_filepath": 7, "text": "a"}', "line 3: `audio_filepath` is no text"),
-        ('{"audio_filepath": "a0.wav", "text": 7}', "line 3: `text` is no text but 7"),
+        ('{"audio_filepath": 7, "text": "a"}', "line 3: `audio_filepath` is not text"),
+        ('{"audio_filepath": "a0.wav", "text": 7}', "line 3: `text` is not text but 7"),
         ('{"audio_filepath": "a0.wav", "text": "..."}', "line 3: `text` has no word"),
-        ('{"audio_filepath": "a0.wav", "text": "a", "duration": "x"}', "`duration` is no number"),
-        ('{"audio_filepath": "a0.wav", "text": "a", "duration": [1]}', "`duration` is no number"),
+        ('{"audio_filepath": "a0.wav", "text": "a", "duration": "x"}', "`duration` is not a"),
+        ('{"audio_filepath": "a0.wav", "text": "a", "duration": [1]}', "`duration` is not a"),
         ('{"audio_filepath": "a0.wav", "text": "a", "duration": NaN}', "must be seconds from 0 on"),
         ('{"audio_filepath": "a0.wav", "text": "a", "duration": 1, "offset": -1}', "from 0 on"),
         ('{"audio_filepath": "a0.wav", "text": "a", "offset": 1}', "`offset` needs a `duration`"),
-        ('{"audio_filepath": "no.wav", "text": "a"}', "no.wav; mend its path"),
+        ('{"audio_filepath": "no.wav", "text": "a"}', "no.wav; fix its path"),
         (
             '{"audio_filepath": "a0.wav", "text": "a", "duration": 9}',
             "a0.wav has 2.0 s, but `duration` promises 9.0 s",
@@ -270,7 +270,7 @@ def test_samples_that_are_no_numbers(recordings, capsys):
     write_manifest(folder, "untranscribed", [entries[0], {"audio_filepath": "nan.wav"}])
     assert train.main(arguments) == 2
     said = capsys.readouterr().err
-    assert f"untranscribed.jsonl, line 2: {folder / 'nan.wav'} holds samples that are no" in said
+    assert f"untranscribed.jsonl, line 2: {folder / 'nan.wav'} holds samples that are not" in said
     assert train.main([*arguments, "--skip-bad"]) == 0
     assert "warning: 1 of 2 lines" in capsys.readouterr().err
     report = (folder / "out" / "report.md").read_text()

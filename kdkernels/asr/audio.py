@@ -26,7 +26,7 @@ def check(
     Reads the header and the last sample, of a file that can hold them all numbers from `start` on.
     """
     if not path.exists():
-        raise TrainError(f"{where}: there is no file {path}; mend its path or remove the line")
+        raise TrainError(f"{where}: there is no file {path}; fix its path or remove the line")
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError) as error:
@@ -54,15 +54,15 @@ def check(
             )
         if end is not None and clearly_shorter(seconds, end):
             raise TrainError(
-                f"{where}: {path} has {seconds:.1f} s, but {promise}; replace it or mend the line"
+                f"{where}: {path} has {seconds:.1f} s, but {promise}; replace it or fix the line"
             )
         if span(file, start, end)[1] < 1:
             raise TrainError(
-                f"{where}: {path} has no sample between {start:g} s and {end:g} s; mend the line"
+                f"{where}: {path} has no sample between {start:g} s and {end:g} s; fix the line"
             )
         if not finite(file, start, end):
             raise TrainError(
-                f"{where}: {path} holds samples that are no numbers; replace it or remove the line"
+                f"{where}: {path} holds samples that are not numbers; replace it or remove the line"
             )
     return seconds
 
@@ -105,7 +105,7 @@ def header(file) -> None:
             if opened.frames <= 0:
                 raise ValueError("no audio in it")
             if not finite(opened):
-                raise ValueError("samples that are no numbers")
+                raise ValueError("samples that are not numbers")
     except soundfile.SoundFileError as error:
         raise ValueError(f"cannot be read as audio ({error})") from error
 
@@ -113,7 +113,7 @@ def header(file) -> None:
 def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndarray, int]:
     """(float32 [samples, channels], rate) of a path or binary file, from start to stop seconds.
 
-    Raises OSError or ValueError where it is no audio or damaged.
+    Raises OSError or ValueError where it is not audio or is damaged.
     """
     try:
         with soundfile.SoundFile(file) as opened:

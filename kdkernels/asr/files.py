@@ -20,7 +20,7 @@ from .console import write
 
 
 class TrainError(Exception):
-    """Something the user can mend: shown as one message, exit code 2, no traceback."""
+    """Something the user can fix: shown as one message, exit code 2, no traceback."""
 
 
 def digest(*parts) -> str:
@@ -51,7 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise TrainError(
-            f"cannot write {path}: {error.strerror or error}; mend that and run the same command "
+            f"cannot write {path}: {error.strerror or error}; fix that and run the same command "
             "again"
         ) from error
     finally:
@@ -101,7 +101,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
     if "content" not in header:
-        raise ValueError("no file of this program, or of another version of it")
+        raise ValueError("not a file of this program, or of another version of it")
     facts = {name: x for name, x in header.items() if name not in ("key", "content")}
     if digest(header.get("key"), facts, tensors_digest(tensors)) != header.get("content"):
         raise ValueError("it is damaged: what it holds is not what was written")

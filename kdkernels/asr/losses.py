@@ -69,7 +69,7 @@ def frame_weight(logits: Tensor, settings: Settings) -> Tensor:
 
 
 def confidence(logits: Tensor) -> float:
-    """Mean probability of the best class over the frames where it is no blank; 0 without any."""
+    """Mean probability of the best class over the frames where it is not blank; 0 without any."""
     best, classes = logits.float().softmax(-1).max(-1)
     return float(best[classes != 0].mean()) if (classes != 0).any() else 0.0
 

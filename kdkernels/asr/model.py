@@ -125,7 +125,8 @@ def read_encoder(path: Path, whose: str = "") -> tuple[Encoder, str]:
         raise files.TrainError(f"{whose}{path} cannot be read as a model ({error})") from error
     except (KeyError, TypeError) as error:
         raise files.TrainError(
-            f"{whose}{path} is no model of `python -m kdkernels.train` (no {error} in its header)"
+            f"{whose}{path} is not a model of `python -m kdkernels.train` (its header has no "
+            f"{error})"
         ) from error
     if classes != 1 + len(alphabet):
         raise files.TrainError(

@@ -61,7 +61,7 @@ class Line(NamedTuple):
             else:
                 samples, rate = open_table(self.path).audio(self.row)
             if not np.isfinite(samples).all():
-                raise ValueError("holds samples that are no numbers")
+                raise ValueError("holds samples that are not numbers")
         except UNREADABLE as error:
             what = f"{self.path} " if self.row is None else ""
             raise ValueError(f"{what}{error}; replace it or remove the line") from error
@@ -136,7 +136,7 @@ def tell(bad: list[str], count: str, skip_bad: bool) -> None:
         more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         listed = "\n  ".join([*bad[:SHOWN], *more])
         if not skip_bad:
-            raise TrainError(f"{count}; mend them, or leave them out with --skip-bad:\n  {listed}")
+            raise TrainError(f"{count}; fix them, or leave them out with --skip-bad:\n  {listed}")
         print(f"warning: {count} and are left out:\n  {listed}", file=sys.stderr)
 
 
@@ -156,14 +156,14 @@ def _decoded(where: str, row: bytes) -> str:
     try:
         return row.decode().strip()
     except UnicodeDecodeError as error:
-        raise BadLineError(f"{where}: no UTF-8 ({error}); write the file in UTF-8") from error
+        raise BadLineError(f"{where}: not UTF-8 ({error}); write the file in UTF-8") from error
 
 
 def _text(where: str, text, transcripts: bool) -> str:
     if not transcripts:
         return ""
     if not isinstance(text, str):
-        raise BadLineError(f"{where}: `text` is no text but {text!r}")
+        raise BadLineError(f"{where}: `text` is not text but {text!r}")
     if not normalise(text):
         raise BadLineError(
             f"{where}: `text` has no word; transcribe the utterance or drop the line"
@@ -186,11 +186,11 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
             if value is None:
                 return None
             if isinstance(value, bool) or not isinstance(value, int | float | str):
-                raise bad(f"`{name}` is no number but {value!r}")
+                raise bad(f"`{name}` is not a number but {value!r}")
             try:
                 seconds = float(value)
             except (ValueError, OverflowError) as error:
-                raise bad(f"`{name}` is no number but {value!r:.40}") from error
+                raise bad(f"`{name}` is not a number but {value!r:.40}") from error
             if not 0 <= seconds < math.inf:
                 raise bad(f"`{name}` must be seconds from 0 on, got {value!r}")
             return seconds
@@ -199,14 +199,14 @@ def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:
         try:
             entry = json.loads(written)
         except (ValueError, RecursionError) as error:
-            raise bad(f"no JSON: {error}") from error
+            raise bad(f"not JSON: {error}") from error
         if not isinstance(entry, dict):
-            raise bad(f"no JSON object but {written[:40]}")
+            raise bad(f"not a JSON object but {written[:40]}")
         for name in ("audio_filepath", *(["text"] if transcripts else [])):
             if name not in entry:
                 raise bad(f"`{name}` is missing")
         if not isinstance(entry["audio_filepath"], str):
-            raise bad(f"`audio_filepath` is no text but {entry['audio_filepath']!r}")
+            raise bad(f"`audio_filepath` is not text but {entry['audio_filepath']!r}")
         text = _text(where, entry.get("text"), transcripts)
         duration, offset = number("duration"), number("offset")
         if offset is not None and duration is None:
@@ -237,7 +237,7 @@ def _checked(
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
         reason = getattr(error, "strerror", None) or error
         raise BadLineError(
-            f"{where}: its file cannot be opened ({reason}); mend the path"
+            f"{where}: its file cannot be opened ({reason}); fix the path"
         ) from error
     return str(file), seconds
 

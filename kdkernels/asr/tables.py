@@ -67,7 +67,7 @@ class HuggingFace:
         if not isinstance(item, dict) or not any(
             item.get(key) is not None for key in ("array", "bytes", "path")
         ):
-            raise ValueError(f"`audio` is no audio but {str(item)[:40]}")
+            raise ValueError(f"`audio` is not audio but {str(item)[:40]}")
         return item
 
     def check(self, row: int) -> None:
@@ -75,7 +75,7 @@ class HuggingFace:
         if item.get("array") is None:
             audio.header(self._file(item))
         elif not np.isfinite(np.asarray(item["array"], np.float32)).all():
-            raise ValueError("samples that are no numbers")
+            raise ValueError("samples that are not numbers")
 
     def audio(self, row: int) -> tuple[np.ndarray, int]:
         item = self._item(row)

@@ -26,7 +26,6 @@ from .files import TrainError
 from .model import STACK, Encoder, read_encoder
 
 SHARD = 2000  # utterances
-BLANKS = ("", "-", "<pad>", "[pad]", "<blank>", "<blk>")
 
 
 class Own:
@@ -102,11 +101,11 @@ def hugging_face(folder: Path) -> Foreign:
             least = (least - 1) * stride + kernel
         tokens = json.loads((folder / "vocab.json").read_text())
         if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
-            raise ValueError("vocab.json is no table of one language's tokens and their numbers")
+            raise ValueError("vocab.json is not a table of one language's tokens and their numbers")
         extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a dozen kinds, by which of its files is cut or foreign
         reason = str(error) or type(error).__name__
-        raise TrainError(f"{folder} is no Hugging Face CTC model: {reason}") from error
+        raise TrainError(f"{folder} is not a Hugging Face CTC model: {reason}") from error
     rate = extractor.sampling_rate
     if rate != SAMPLE_RATE:
         raise TrainError(f"the teacher {folder} hears {rate} Hz; expected one of {SAMPLE_RATE} Hz")
@@ -131,7 +130,7 @@ def torchaudio_bundle(name: str) -> Foreign:
             "install the torchaudio that fits this torch"
         ) from error
     except AttributeError as error:
-        raise TrainError(f"torchaudio:{name} is no CTC pipeline: {error}") from error
+        raise TrainError(f"torchaudio:{name} is not a CTC pipeline: {error}") from error
     if bundle.sample_rate != SAMPLE_RATE:
         raise TrainError(f"torchaudio:{name} hears {bundle.sample_rate} Hz; expected {SAMPLE_RATE}")
     labels = [_label(name, label, i == 0) for i, label in enumerate(labels)]
@@ -160,7 +159,7 @@ def open_teachers(specs: list[str]) -> list[tuple[object | None, float]]:
         try:
             weight = float(number)
         except ValueError as error:
-            raise TrainError(f"--teachers {spec}: the weight {number!r} is no number") from error
+            raise TrainError(f"--teachers {spec}: the weight {number!r} is not a number") from error
         if not 0 < weight < float("inf"):
             raise TrainError(f"--teachers {spec}: the weight must be greater than 0")
         if name == "own":
@@ -187,7 +186,7 @@ def characters(opened: list[tuple]) -> str:
 def to_alphabet(logits: Tensor, labels: list, alphabet: Alphabet) -> Tensor:
     """[T, classes] -> [T, len(alphabet)]: the student's classes in their order.
 
-    Classes that are no character (<s>, <unk>) are left out; what remains is a distribution again.
+    Classes that are not characters (<s>, <unk>) are left out; the rest is a distribution again.
     Raises TrainError where the student has a character that the teacher does not know, or the
     teacher one that the student does not.
     """

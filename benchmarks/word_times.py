@@ -1,9 +1,9 @@
 """How far word times are from the truth: `python benchmarks/word_times.py --model RUN`.
 
-espeak-ng says when each word of what it speaks begins. Sentences of a split (unseen voices), with
-noise and rooms as in training, are recognised (student's own words, where it got the word
-right) and their known transcripts are aligned. Errors are estimate - truth. Also: how well the
-confidence tells right words from wrong ones (area under the ROC curve; 0.5 is chance).
+espeak-ng reports when each word that it speaks begins. Sentences of a split (unseen voices), with
+noise and rooms as in training, are recognised, and their known transcripts are aligned. Errors are
+estimate - truth; of recognised words only the right ones count. Also: how well the confidence tells
+right words from wrong ones (area under the ROC curve; 0.5 is chance).
 """
 
 import argparse

@@ -56,7 +56,7 @@ def kd_loss(
         beta: weight of the teacher in the mixture of ``"jsd"``, in (0, 1).
         weight: `[*]`, bool or floating: the weight of each row. A row of weight 0 is not read (it
             may hold NaN) and gets a gradient of exactly 0. Its values are not checked: a negative
-            one turns the row's gradient round.
+            one reverses the row's gradient.
         reduction: ``"none"`` gives `[*]`; ``"sum"``; ``"mean"`` divides the sum by the sum of
             weights (the number of rows without `weight`; 0 where every weight is 0);
             ``"batchmean"`` divides it by the size of dim 0.

@@ -1,8 +1,8 @@
 """Memory of large gradients on the CPU, kept from one step for the next.
 
 The system zeroes every page that it hands out, which for a large gradient takes as long as
-computing it, and the C library gives memory of such a size back as soon as it is free. Kept are at
-most KEPT blocks; where memory runs short the system takes what large ones held.
+computing it, and the C library returns memory of such a size as soon as it is free. At most KEPT
+blocks are kept; the system may reclaim the large ones where memory runs short.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20  # bytes; what is smaller the C library keeps
-LENT = 2**27  # bytes that the system may take; its consent costs some 4 % of the time of kd_loss
+SMALLEST = 2**20  # bytes; the C library itself keeps smaller blocks
+RECLAIMABLE = 2**27  # bytes; allowing it costs some 4 % of the time of kd_loss
 KEPT = 4  # gradients of two models in two losses
-MADV_FREE, MADV_HUGEPAGE = 8, 14  # of Linux; Python has the names where it was compiled with them
-HUGE_PAGE = 2**21  # bytes; a block is made of whole ones, which lets it begin at one
+MADV_FREE, MADV_HUGEPAGE = 8, 14  # Linux's; Python has the names only if compiled with them
+HUGE_PAGE = 2**21  # bytes; a block is a whole number of these, so that it can begin at one
 
-_here = sys.platform == "linux"
-_free: deque[mmap.mmap] = deque(maxlen=KEPT)  # of one too many the first goes
+_enabled = sys.platform == "linux"
+_free: deque[mmap.mmap] = deque(maxlen=KEPT)  # one too many pushes out the oldest
 
 
 def keeps(size: int) -> bool:
-    """Whether memory of so many bytes is kept."""
-    return _here and size >= SMALLEST
+    """Whether the memory of a gradient of `size` bytes is kept."""
+    return _enabled and size >= SMALLEST
 
 
 @contextlib.contextmanager
 def left_to_torch() -> Iterator[None]:
-    """Nothing is kept meanwhile: torch's profiler sees the memory of its own allocator alone."""
-    global _here
-    before, _here = _here, False
+    """Keep nothing meanwhile: torch's profiler sees only the memory of its own allocator."""
+    global _enabled
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _here = before
+        _enabled = before
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -64,21 +64,21 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
 
 
 def empty_cache() -> None:
-    """Give the memory that is kept for the next gradients on the CPU back to the system.
+    """Release the memory that is kept for the next gradients on the CPU.
 
-    What ``torch.cuda.empty_cache()`` does for a GPU. Gradients that are in use are not touched.
+    As ``torch.cuda.empty_cache()`` does for a GPU. Gradients in use are not affected.
     """
     _free.clear()
 
 
 def _take(size: int) -> mmap.mmap:
-    """The smallest free block that will do, else a new one in the place of one that is too small.
+    """The smallest free block that fits, else a new one in place of one that is too small.
 
-    One of more than twice the size will not: a gradient that is kept for long would hold it.
+    One of more than twice the size does not fit: a long-lived gradient would hold it.
     """
     blocks = []
     try:
-        while True:  # one at a time: other threads take and give back meanwhile
+        while True:  # one at a time: other threads take and return blocks meanwhile
             blocks.append(_free.popleft())
     except IndexError:
         blocks.sort(key=len)
@@ -96,7 +96,7 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _give_back(block: mmap.mmap, size: int) -> None:
-    if size >= LENT:
+    if size >= RECLAIMABLE:
         _advise(block, MADV_FREE, size)
     _free.append(block)
 

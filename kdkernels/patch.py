@@ -1,9 +1,8 @@
-"""patch: put kdkernels.ctc_loss in the place of torch.nn.functional.ctc_loss, and take it out
-again."""
+"""patch: replace torch.nn.functional.ctc_loss by kdkernels.ctc_loss, and restore it."""
 
 import torch.nn.functional as F
 
-from . import _checks
+from . import _checks, backends
 from ._ctc_loss import ctc_loss
 
 _original = None  # torch's own function, while a patch is in force
@@ -37,8 +36,7 @@ class Patch:
         self.function = fused_ctc_loss
 
     def restore(self):
-        """Give the place back: to the patch before this one, or to torch's function. Twice is
-        once."""
+        """Put back the patch before this one, or torch's function. A second call does nothing."""
         global _original
         if self in _active:
             _active.remove(self)
@@ -71,8 +69,6 @@ def patch(*, backend=None):
         ValueError: for an unknown `backend`.
     """
     global _original
-    from . import backends
-
     if backend is not None:
         _checks.choice("patch", "backend", backend, backends.NAMES)
     handle = Patch(backend)

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads the words has gone
+    except BrokenPipeError:  # the reader has gone
         console.mute(sys.stdout)
         return 0
 

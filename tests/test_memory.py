@@ -190,7 +190,7 @@ def test_empty_cache_gives_what_is_free_back():
 
 def test_large_blocks_may_be_taken_by_the_system(monkeypatch):
     """What it took is zeros when it is read again: of a gradient nothing is, before it is made."""
-    monkeypatch.setattr(_memory, "LENT", 1)
+    monkeypatch.setattr(_memory, "RECLAIMABLE", 1)
     expected = kd_grad(randn(600, C)).clone()
     assert torch.equal(kd_grad(randn(600, C)), expected)
 

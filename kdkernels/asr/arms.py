@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Arm(NamedTuple):
-    """One student. Everything not said here is the same for all: seed, steps, audio in a step."""
+    """One student. Everything else is the same for all: seed, steps, audio in a step."""
 
     title: str  # its row in the report
     hears: dict[str, str]  # set of `data.Corpora` -> transcripts: "human", "teacher" or "" (none)
@@ -53,7 +53,7 @@ TEACHERS = {
     "few_scratch": Teacher(f"teacher on {FEW} transcripts, not self-supervised", FEW, False),
 }
 
-# Of every model that a run may train: its file's name, and its row in the report.
+# Every model that a run may train: the name of its file -> its row in the report.
 TITLES = {
     "teacher": OWN.title,
     **{f"teacher_{name}": teacher.title for name, teacher in TEACHERS.items()},

@@ -1,4 +1,4 @@
-"""Audio: reading, resampling, noise and reverberation. Everywhere int16, mono, 16 kHz."""
+"""Audio: reading, resampling, noise and reverberation. Internally int16, mono, 16 kHz."""
 
 import math
 from functools import lru_cache
@@ -13,17 +13,18 @@ from torch import Tensor
 from .files import TrainError
 
 SAMPLE_RATE = 16000
-RATES = (1000, 768000)  # Hz: what a recording may have
-FILTERS = 2**19  # taps of the resampling filters that are made and applied at once
+RATES = (1000, 768000)  # Hz, of a recording: least and greatest
+FILTERS = 2**19  # filter taps that `resample` makes and applies at once
 
 
 def check(
     path: Path, where: str, start: float = 0.0, end: float | None = None, promise: str = ""
 ) -> float:
-    """Seconds of an audio file; raises unless it is there, is audio, is whole, reaches `end`, as
-    `promise` says, and has a sample before it. `where` names the manifest's line in the message.
+    """Seconds of an audio file. Raises TrainError unless it exists, is audio, is complete, reaches
+    `end`, as `promise` says, and has a sample before that. `where`, in the message, names the
+    manifest's line.
 
-    Reads the header and the last sample, of a file that can hold them all numbers from `start` on.
+    Reads the header and the last sample; where samples may be infinite or NaN, all from `start`.
     """
     if not path.exists():
         raise TrainError(f"{where}: there is no file {path}; fix its path or remove the line")
@@ -45,7 +46,7 @@ def check(
         try:
             file.seek(file.frames - 1)
             whole = len(file.read(1)) == 1 and not cut_short(path)
-        except soundfile.SoundFileError:  # a flac whose last frame is not there
+        except soundfile.SoundFileError:  # a flac whose last frame is missing
             whole = False
         if not whole:
             raise TrainError(
@@ -68,7 +69,7 @@ def check(
 
 
 def clearly_shorter(seconds: float, others: float) -> bool:
-    """Whether by more than the rounding of a time that stands in a manifest."""
+    """Whether by more than the rounding of a time in a manifest."""
     return seconds < 0.95 * others - 0.1
 
 
@@ -130,7 +131,7 @@ def decode(file, start: float = 0.0, stop: float | None = None) -> tuple[np.ndar
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
     """float32 [samples, channels] at `rate` -> int16 [samples] at 16 kHz.
 
-    What goes beyond [-1, 1] is made quieter as a whole: features do not depend on loudness.
+    A recording that exceeds [-1, 1] is scaled as a whole: features do not depend on loudness.
     """
     mixed = samples.mean(1)
     return to_int16(resample(mixed / np.abs(mixed).max(initial=1.0), rate))
@@ -144,7 +145,7 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
 def resample(samples: np.ndarray, rate: int, new_rate: int = SAMPLE_RATE) -> np.ndarray:
     """float32 [samples] at `rate` -> float32 at `new_rate`: windowed sinc, 6 zero crossings.
 
-    Exact at any two rates; where they have next to nothing in common, a few filters at a time.
+    Exact at any two rates; where they share hardly a factor, a few filters at a time.
     """
     if rate == new_rate:
         return samples
@@ -163,19 +164,19 @@ def resample(samples: np.ndarray, rate: int, new_rate: int = SAMPLE_RATE) -> np.
 
 
 def reach(rate: int, new_rate: int = SAMPLE_RATE) -> int:
-    """Samples that `resample` reads on either side of one."""
+    """Samples that `resample` reads on either side of each."""
     return math.ceil(6 / _cutoff(rate, new_rate))
 
 
 def _cutoff(rate: int, new_rate: int) -> float:
-    """Of the low-pass filter; 1 is half of `rate`."""
+    """Cut-off of the low-pass filter; 1 is half of `rate`."""
     return 0.97 * min(1.0, new_rate / rate)
 
 
 @lru_cache(maxsize=4)
 def _sinc(step: int, phases: int, first: int, stop: int) -> Tensor:
-    """One low-pass filter, [stop - first, 1, samples], for each of the positions `first` to `stop`,
-    in `phases` of an output between two inputs; of `phases`, `step` is an output's distance."""
+    """Low-pass filters [stop - first, 1, samples] for outputs `first` to `stop`, which are
+    `step` / `phases` inputs apart."""
     cutoff, width = _cutoff(step, phases), reach(step, phases)
     base = first * step // phases
     position = torch.arange(-width, -(-stop * step // phases) - base + width, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Batches: the same ones for the same seed, of the same seconds of audio."""
+"""Batches of equal seconds of audio, a function of the seed."""
 
 import random
 from itertools import pairwise
@@ -16,7 +16,7 @@ from .model import STACK
 
 def unalignable(text: str, features: Tensor) -> bool:
     """Whether `features` [frames, MELS] are too short for any CTC path that spells `text`."""
-    repeats = sum(a == b for a, b in pairwise(text))  # a blank must part them
+    repeats = sum(a == b for a, b in pairwise(text))  # a blank must separate them
     return len(features) // STACK < len(text) + repeats
 
 
@@ -55,8 +55,8 @@ class Pool(NamedTuple):
 def schedule(lengths: list[int], seed: int, seconds: float, steps: int) -> list[list[int]]:
     """The utterances of each of `steps` batches, of at most `seconds` of audio with padding.
 
-    Every epoch is a permutation, cut into pieces whose utterances are sorted by length, so that
-    little is padding. A function of its arguments: a training that goes on draws the same.
+    Every epoch is a permutation, cut into pieces in which utterances are sorted by length, so that
+    there is little padding. A function of its arguments: a resumed training draws the same.
     """
     frames, rng, batches = seconds * FRAMES_PER_SECOND, random.Random(seed), []
     while len(batches) < steps:
@@ -74,9 +74,9 @@ def schedule(lengths: list[int], seed: int, seconds: float, steps: int) -> list[
     return batches[:steps]
 
 
-# Batches are padded to a multiple of so many feature frames: a convolution makes itself anew for
-# each shape that it has not seen, and of the shapes of distillation, two pools' together, there
-# were so many that a third of the training went there.
+# Batches are padded to a multiple of this many feature frames: a convolution is set up anew for
+# each shape that it has not seen, and distillation, which joins batches of two pools, had so many
+# shapes that this took a third of the training.
 ROUND = 10 * STACK
 
 
@@ -110,7 +110,7 @@ class Sampler:
     """step -> the part of that step's batch that this process computes, in `accumulate` pieces.
 
     Each of `parts` (pool, share) brings its share of the `seconds` of audio. A function of its
-    arguments: a training that goes on draws the same.
+    arguments: a resumed training draws the same.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Sampler:
         for piece in range(self.accumulate):
             ids = list(range(len(chosen)))[self.rank + piece * self.world :: self._stride]
             mine = [chosen[i] for i in ids]
-            # a process without an utterance computes one that counts nothing
+            # a process without an utterance computes one with weight 0
             counts = self._counts(mine) if mine else (0.0, 0.0)
             shares = [self.world * a / b if b else 0.0 for a, b in zip(counts, whole, strict=True)]
             batch = collate(mine or chosen[:1], ids or [0])

@@ -13,13 +13,14 @@ from .features import MELS
 from .model import STACK
 
 CODES, DIMENSION = 512, 16
-# Chance that a span begins at a frame of logits, and its length in those: 90 ms, about a sound of
-# speech. Spans of 240 ms are so hard to guess that the encoder learned little but code frequencies.
+# The chance that a span begins at a frame of logits, and its length in such frames: 90 ms, about
+# one speech sound. With spans of 240 ms, too hard to guess, the encoder learned little but code
+# frequencies.
 START, SPAN = 0.1, 3
 
 
 class Quantiser:
-    """Stacked features -> codes, a function of the seed."""
+    """Stacked features -> codes; a function of the seed."""
 
     def __init__(self, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -29,19 +30,19 @@ class Quantiser:
         self._codebook = F.normalize(codebook, dim=-1)
 
     def __call__(self, stacked: Tensor) -> Tensor:
-        """[..., STACK * MELS] -> codes [...]: of the nearest direction."""
+        """[..., STACK * MELS] -> codes [...], those of the nearest directions."""
         return (F.normalize(stacked @ self._projection, dim=-1) @ self._codebook.T).argmax(-1)
 
 
 def mask(batch: Batch, quantiser: Quantiser, seed: int) -> Batch:
-    """Features with spans of noise; targets [N, T] the codes there, -1 elsewhere.
+    """Replace spans of features by noise; targets [N, T] are the codes there, -1 elsewhere.
 
     What is hidden depends on the seed and on an utterance's position in the step alone.
     """
     features = batch.features.clone()
     N, frames, _ = features.shape
     T = frames // STACK
-    stacked = features[:, : T * STACK].view(N, T, STACK * MELS)  # of the same memory
+    stacked = features[:, : T * STACK].view(N, T, STACK * MELS)  # a view of `features`
     codes = quantiser(stacked)
     targets = torch.full((N, T), -1)
     for n in range(N):

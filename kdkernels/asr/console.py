@@ -1,4 +1,4 @@
-"""What is said on the terminal: by the first of several processes alone."""
+"""Messages on the terminal, from the first of several processes alone."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from . import processes
 
 def progress(total: int | None, what: str, unit: str, leave: bool = True) -> tqdm:
     """A bar on a terminal, silent elsewhere."""
-    columns, rows = shutil.get_terminal_size()  # 80, 24 where a terminal does not know its size
+    columns, rows = shutil.get_terminal_size()  # (80, 24) where a terminal does not know its size
     silent = None if processes.rank() == 0 else True
     size = {"ncols": columns, "nrows": rows}
     return tqdm(total=total, desc=what, unit=unit, disable=silent, leave=leave, **size)
@@ -28,7 +28,7 @@ def warn(text: str) -> None:
 
 
 def write(text: str, stream) -> None:
-    """A line. Where who read them has gone, as in `... | head -1`, the work goes on unheard."""
+    """Print a line. If the reader has gone, as in `... | head -1`, the work goes on silently."""
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
@@ -36,5 +36,5 @@ def write(text: str, stream) -> None:
 
 
 def mute(stream) -> None:
-    """From here on it goes nowhere, what is still in its buffer too."""
+    """Discard what is written to `stream` from here on, and what is still in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,7 +1,7 @@
 """The synthesised corpus: what is said, by whom and in which room, as a pure function of the seed.
 
-Test and dev hold voices and sentences that no training set has: a sentence belongs to one split by
-a checksum of its words, a voice by the lists below.
+Test and dev have voices and sentences that occur in no training set: the checksum of a sentence
+assigns it to one split, and the lists below assign each voice.
 """
 
 import random
@@ -93,7 +93,7 @@ class Utterance(NamedTuple):
 
 
 def split_of(text: str) -> str:
-    """The split whose sentences these are: one of 16 is kept for test, one for dev."""
+    """The split that has this sentence: one of 16 is for test, one for dev."""
     return {0: "test", 1: "dev"}.get(zlib.crc32(text.encode()) % 16, "train")
 
 

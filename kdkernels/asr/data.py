@@ -1,8 +1,8 @@
 """Data sets: feature shards on disk, utterances in memory, alphabets.
 
 A shard holds the features of up to SHARD utterances and is made by a process of its own, so that
-what espeak-ng says is a function of the shard alone. An interrupted build goes on at the first
-shard that is missing.
+what espeak-ng says is a function of the shard alone. An interrupted build resumes at the first
+missing shard.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from .espeak import Espeak, paths
 from .files import TrainError, digest, load_tensors, save_tensors
 from .sources import SHARD, Recorded, tell
 
-FORMAT = 2  # to be raised whenever the samples or the features change
+FORMAT = 2  # raise it whenever the samples or the features change
 
 
 # ---- what a shard is made of: picklable, and callable in a fresh process -------------------------
@@ -86,7 +86,7 @@ Source = Synthesised | Recorded | Noisy
 
 
 def synthesised(seed: int, split: str, count: int) -> list[Synthesised]:
-    paths()  # a missing espeak-ng is told at once
+    paths()  # raises at once if espeak-ng is missing
     starts = range(0, count, SHARD)
     return [Synthesised(seed, split, start, min(start + SHARD, count)) for start in starts]
 
@@ -98,9 +98,9 @@ class Dataset:
     features: list[Tensor]  # float16 [frames, MELS] each
     texts: list[str]
     seconds: float  # of audio
-    key: str  # of what the utterances are
-    sha256: str  # of the samples and texts
-    places: list[tuple[Source, int]]  # the source of each utterance, and which of those it yields
+    key: str  # digest of what the utterances were made from
+    sha256: str  # digest of the samples and texts
+    places: list[tuple[Source, int]]  # of each utterance, its source and its index there
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -140,7 +140,7 @@ class Alphabet:
         return 1 + len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """[S] classes; characters outside the alphabet are left out."""
+        """[S] classes; characters that are not in the alphabet are left out."""
         return torch.tensor([self._index[c] for c in text if c in self._index], dtype=torch.int64)
 
     def decode(self, classes: list[int]) -> str:
@@ -149,7 +149,7 @@ class Alphabet:
 
 class Corpora(NamedTuple):
     transcribed: Dataset  # teaches the teacher
-    student: Dataset  # its first utterances: all the transcripts that a student gets
+    student: Dataset  # the first of these: all the transcripts that a student gets
     untranscribed: Dataset
     dev: Dataset
     test: Dataset
@@ -207,8 +207,8 @@ def load(
 ) -> Dataset:
     """All utterances of `sources`, from `folder`; missing shards are made first.
 
-    `done(n)` is called after every n utterances, for a progress bar. Raises TrainError, naming all
-    audio that cannot be read to its end, unless `skip_bad`: then it is named on stderr.
+    `done(n)` is called after every n utterances, for a progress bar. Audio that cannot be read to
+    its end raises a TrainError that lists it, or with `skip_bad` is listed on stderr.
     """
     keys = [shard_key(source) for source in sources]
     files = [folder / f"features-{key[:16]}.safetensors" for key in keys]
@@ -242,9 +242,9 @@ def load(
 
 
 def _answer(connection, function: Callable, arguments: tuple) -> None:
-    """In the process: runs the function, sends what it raised and where, or (None, "").
+    """In the child: run the function, and send what it raised and where, or (None, "").
 
-    Leaves interrupts to the parent; ends with it, however that ended.
+    It leaves interrupts to the parent, and ends when the parent does, however that ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -263,10 +263,10 @@ def _answer(connection, function: Callable, arguments: tuple) -> None:
 
 
 def _in_fresh_process(function: Callable, *arguments) -> None:
-    """Run in a process that has never spoken; what it raises is raised here.
+    """Run in a process in which espeak-ng has not spoken yet; what it raises is raised here.
 
     forkserver: the process is forked from one that has imported everything and done nothing. A
-    pool's semaphores would be complained of when the run is killed.
+    process pool would not do: when the run is killed, Python warns about its leaked semaphores.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)

@@ -1,4 +1,4 @@
-"""What came of the training: error rates on the test set, and what the loss costs."""
+"""The results of training: error rates on the test set, and the cost of the loss."""
 
 import time
 

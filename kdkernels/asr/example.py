@@ -1,4 +1,4 @@
-"""The distilled student at work: captions of the first test utterances, and a sound to play."""
+"""The distilled student at work: the first test utterances as audio, with its captions."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ PAUSE = 1.0  # seconds between two
 
 
 def texts(experiment: Experiment, models: dict[str, Trained]) -> list[dict[str, str]]:
-    """What was said in a few test utterances, and what two students wrote; for the report."""
+    """A few test utterances and what two students recognised, for the report."""
     corpora = experiment.corpora
     few = corpora.test.part(0, SHOWN)
     alone, distilled = (

@@ -3,7 +3,7 @@
 Inputs `features` float32 [N, frames, MELS] and `lengths` int64 [N], as the encoder's; outputs
 `logits` float32 [N, frames // STACK, C] and `logit_lengths` int64 [N]. N and frames are free. The
 model's metadata, "kdkernels", is JSON: the alphabet (class 0 is blank, class i its character
-i - 1), by how many frames labels come late, and what the features are.
+i - 1), by how many frames labels come late, and the parameters of the features.
 """
 
 import argparse
@@ -26,7 +26,7 @@ with needed():
     from .recognise import Recogniser, load
 
 TOLERANCE = 1e-4  # between the logits of ONNX Runtime and torch
-SHAPES = ((2, 90), (1, STACK), (3, 301))  # of the check; none may be baked into the graph
+SHAPES = ((2, 90), (1, STACK), (3, 301))  # checked: no size may be baked into the graph
 
 
 def packages():
@@ -71,14 +71,14 @@ def export(recogniser: Recogniser, path: Path) -> float:
 
 
 def _graph(recogniser: Recogniser) -> bytes:
-    """The exporter through TorchScript: the other one needs two more packages, and finds the same
+    """Exported through TorchScript: the newer exporter needs two more packages for the same
     graph."""
     N, frames = SHAPES[0]
     example = torch.zeros(N, frames, features.MELS), torch.tensor([frames, frames // 2])
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "Constant folding", UserWarning)  # of padding, not done
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)  # of the padding
         torch.onnx.export(
             recogniser.encoder,
             example,

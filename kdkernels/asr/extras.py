@@ -1,11 +1,11 @@
-"""What is said where a package is missing: one message, with the extra that brings it."""
+"""The message about a missing package, with the extra that installs it."""
 
 import sys
 from contextlib import contextmanager
 
 
 def missing(package: str, extra: str = "train") -> str:
-    """The message; `extra` is one of pyproject.toml's."""
+    """`extra` is one of those in pyproject.toml."""
     return (
         f'{package} is missing: pip install "kdkernels[{extra}]", '
         f'or pip install -e ".[{extra}]" in a checkout'

@@ -34,7 +34,7 @@ def _window() -> Tensor:
 
 
 def log_energies(samples: Tensor) -> Tensor:
-    """int16 [samples] at 16 kHz -> float32 [1 + samples // HOP, MELS], as loud as they are.
+    """int16 [samples] at 16 kHz -> float32 [1 + samples // HOP, MELS], not normalised.
 
     Row t belongs to sample t * HOP and reads WINDOW // 2 samples on either side.
     """
@@ -53,18 +53,18 @@ def log_mel(samples: Tensor) -> Tensor:
 
 
 def silent(features: Tensor) -> bool:
-    """Whether they are those of a recording in which nothing changes."""
+    """Whether these are the features of a recording in which nothing changes."""
     return features.abs().max().item() < 0.02
 
 
 def spec_augment(
     features: Tensor, lengths: Tensor, generator: torch.Generator, ids: Tensor | None = None
 ) -> Tensor:
-    """Hide two bands of up to 8 mels and two spans of up to 12 frames, others in each utterance.
+    """Hide two bands of up to 8 mels and two spans of up to 12 frames, drawn for each utterance.
 
     `features` [N, frames, MELS], `lengths` [N] (Park et al. 2019). Hidden values become 0, which is
-    the mean. `ids` [N]: positions in the whole step, where this is a part of it: what is hidden
-    depends on these, not on how the step is shared out.
+    the mean. `ids` [N]: positions in the whole step, of which this may be a part: what is hidden
+    depends on these, not on how the step is divided.
     """
     N, frames, mels = features.shape
     ids = torch.arange(N) if ids is None else ids

@@ -1,7 +1,7 @@
 """Files written whole or not at all, and reused only when they are exactly what was asked for.
 
-A file of tensors carries the key of what it was made from, and a digest of what it holds; a
-missing, damaged or foreign file reads as None, and the stage that owns it makes it again.
+A file of tensors carries the key of what it was made from and a digest of its contents. A missing,
+damaged or foreign file reads as None, and the stage that owns it makes it again.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_writable(folder: Path, options: str = "--out") -> None:
-    """Make the folder and write into it once, before any long work begins; `options` choose it."""
+    """Make the folder and try to write into it, before any long work; `options` choose it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -75,13 +75,13 @@ def check_writable(folder: Path, options: str = "--out") -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, **facts) -> None:
     """safetensors, with `key` and `facts` (anything json can write) in its header."""
     content = digest(key, facts, tensors_digest(tensors))
-    # one entry: the order of several is not fixed
+    # a single entry: safetensors does not fix the order of several
     header = json.dumps({"key": key, "content": content, **facts})
     write_bytes(path, safetensors.torch.save(tensors, {"kdkernels": header}))
 
 
 def load_header(path: Path) -> dict:
-    """The key and the facts of such a file; {} where it cannot be read."""
+    """The key and the facts of a file of `save_tensors`; {} where it cannot be read."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("kdkernels", "{}"))
@@ -90,9 +90,9 @@ def load_header(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the header, key and facts, of such a file.
+    """The tensors of a file of `save_tensors`, and its key and facts.
 
-    Raises OSError where it cannot be opened, ValueError where it is damaged or none of these.
+    Raises OSError where it cannot be opened, ValueError where it is damaged or of another kind.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -109,7 +109,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What processes that were killed had begun to write."""
+    """Remove what killed processes had begun to write."""
     for path in folder.rglob(".*.tmp"):
         pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
         if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
@@ -121,7 +121,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict] | None:
     """The tensors and facts of a file made with this key; None when it must be made again.
 
-    What is wrong with a file that is there is said on stderr, with what happens `otherwise`.
+    What is wrong with an existing file is reported on stderr, with what happens `otherwise`.
     """
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
 """The folder of a run, OUT: what this run makes, and nothing of a run with other settings or data.
 
-What another left is set aside whole, in a folder of OUT/previous, before anything new is begun. A
-stage takes back from there what was made from exactly the same things: its files carry a key.
+What another run left is set aside, in a folder of OUT/previous, before anything new begins. A stage
+takes back from there what was made from exactly the same things: its files carry a key.
 """
 
 import itertools
@@ -19,7 +19,7 @@ STAGES = ("ssl", *TITLES)
 
 
 def _of(stage: str) -> list[str]:
-    """What a stage may write into OUT."""
+    """Paths in OUT that a stage may write."""
     return [
         f"{stage}.safetensors",
         f"{stage}.jsonl",
@@ -29,7 +29,7 @@ def _of(stage: str) -> list[str]:
 
 
 def _keys(path: Path) -> set[str]:
-    """Of what the readable files at `path`, a file or a folder of them, were made from."""
+    """The keys of the readable files at `path`, a file or a folder of them."""
     if path.is_dir():
         return set().union(*map(_keys, path.glob("*.safetensors")))
     if path.suffix == ".safetensors":
@@ -42,9 +42,9 @@ def _keys(path: Path) -> set[str]:
 
 @contextmanager
 def alone(path: Path):
-    """Nobody else trains in this folder meanwhile: two would take each other's files away.
+    """Lock the folder against other trainings: two would take each other's files away.
 
-    Raises TrainError where somebody does. The lock goes with the process, however it ends.
+    Raises TrainError where it is locked. The lock ends with the process, however that ends.
     """
     try:
         import fcntl
@@ -77,7 +77,7 @@ class Folder:
         self._own: set[str] = set()  # stages whose files are this run's
 
     def begin(self) -> None:
-        """Sets aside what a run with other settings left; writes OUT/settings.yaml."""
+        """Set aside what a run with other settings left, and write OUT/settings.yaml."""
         written = self.path / "settings.yaml"
         old = settings.read(written)
         changed = settings.changes(old, self._settings)
@@ -90,7 +90,7 @@ class Folder:
         settings.save(self._settings, written)
 
     def claim(self, stage: str, key: str) -> None:
-        """Leaves of a stage's files those made under this key; to be called before it begins."""
+        """Keep only those of a stage's files that have this key; called before the stage begins."""
         if set().union(*(_keys(self.path / part) for part in _of(stage))) - {key}:
             aside = self._set_aside(settings.digest(vars(self._settings)))
             warn(
@@ -106,8 +106,8 @@ class Folder:
         self._own.add(stage)
 
     def _set_aside(self, name: str) -> Path | None:
-        """Moves what is not this run's to OUT/previous/NAME, or NAME-2 and so on where it would
-        be in the place of something; None where there is nothing."""
+        """Move what is not this run's to OUT/previous/NAME, or NAME-2 and so on where it would
+        replace something; None where there is nothing to move."""
         teachers = {
             Path(spec.rpartition("=")[0] or spec).resolve() for spec in self._settings.teachers
         }
@@ -126,7 +126,7 @@ class Folder:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Renames, in the place of what is there."""
+    """Rename, replacing what is there."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():

@@ -1,4 +1,4 @@
-"""What is minimised, and which frames and utterances it is taken over.
+"""The training losses, and the frames and utterances over which they are taken.
 
 Each loss takes (logits [N, T, C], lengths [N], batch, progress in [0, 1)). A mean is multiplied by
 the batch's share of the step, so that the pieces of a step, in one process or in several, add up to
@@ -75,9 +75,9 @@ def confidence(logits: Tensor) -> float:
 
 
 def delay(logits: Tensor, weights: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Teacher logits [T, C] that come `frames` later, and their weights [T]: 0 before the first.
+    """Delay teacher logits [T, C] and their weights [T] by `frames`; the first ones have weight 0.
 
-    The last `frames` of the teacher have no frame of the student any more.
+    The last `frames` of the teacher have no frame of the student left.
     """
     if not frames:
         return logits, weights

@@ -156,7 +156,7 @@ def curves(r: dict) -> list[str]:
 
 
 def transcripts(name: str, counts: dict[str, int]) -> int:
-    """How many a model has learned from; those that a teacher wrote are not counted."""
+    """How many a model learned from; those that a teacher wrote do not count."""
     role, _, arm = name.partition("_")
     if role == "teacher":
         few = TEACHERS[arm].transcripts if arm else None

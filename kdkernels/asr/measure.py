@@ -1,4 +1,4 @@
-"""What the distillation loss of one training step costs: these ops and torch's own, in turn."""
+"""The cost of one training step's distillation loss: these ops and torch's own, in turn."""
 
 import math
 import os
@@ -54,7 +54,7 @@ def composite(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings)
 
 
 def fused(logits: Tensor, lengths: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    """The loss of the distilled student, as it is trained."""
+    """The loss with which the distilled student is trained."""
     return losses.distil(logits, lengths, batch, HALFWAY, settings)
 
 
@@ -79,7 +79,7 @@ def compare(
 
 
 def _peak(loss: Callable, logits: Tensor, *rest) -> int:
-    """Most bytes that torch's allocator has given out at once during loss and gradient."""
+    """Peak bytes from torch's allocator during loss and gradient."""
     if logits.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -111,7 +111,7 @@ def _time(loss: Callable, logits: Tensor, *rest) -> tuple[float, float]:
 
 @contextmanager
 def _quiet():
-    """Without what the profiler's C++ writes to stderr."""
+    """Silence what the profiler's C++ code writes to stderr."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

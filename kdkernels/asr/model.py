@@ -25,14 +25,14 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        y = self.norm(x) * mask  # padding must look the same as the end of the tensor
+        y = self.norm(x) * mask  # padded frames must look like the end of the tensor
         y = F.pad(y, (0, 0, self.past, 0)) if self.past else y
         y = self.conv(y.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         return x + self.out(F.gelu(y))
 
 
 class ChunkAttention(nn.Module):
-    """x + self-attention in which a frame sees its own chunk and some chunks before it."""
+    """x + self-attention, in which a frame sees its own chunk and `left` chunks before it."""
 
     HEADS = 4
 
@@ -50,7 +50,7 @@ class ChunkAttention(nn.Module):
         seen = (age >= 0) & (age <= self.left)
         heads = self.qkv(self.norm(x)).view(N, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads[0], heads[1], heads[2]
-        # what a padded frame attends to does not matter, but it must be something: itself
+        # a padded frame must attend to something, no matter what: itself
         frame = torch.arange(T, device=x.device)
         seen = seen & (mask[:, None, None, :, 0] | (frame[:, None] == frame))
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
@@ -72,8 +72,8 @@ class Encoder(nn.Module):
         shift: int = 0,
     ):
         """`chunk`: a streaming encoder, causal but for attention within chunks of that many frames
-        of logits and `left` chunks before; None: an encoder that sees everything around a frame.
-        `shift`: frames by which it learns to say things later than they are said."""
+        of logits and `left` chunks before; None: an encoder that sees both sides of a frame.
+        `shift`: frames by which its labels are trained to come late."""
         super().__init__()
         self.shape = [width, layers, classes, *([] if chunk is None else [chunk, left, shift])]
         self.shift = shift
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
     def forward(
         self, features: Tensor, lengths: Tensor, heard: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`heard`, bool [N, T]: what is not is to the other frames as what lies past the end."""
+        """`heard`, bool [N, T]: frames where it is False count as if they lay past the end."""
         N, frames, _ = features.shape
         lengths = lengths // STACK
         T = frames // STACK

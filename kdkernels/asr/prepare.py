@@ -9,7 +9,7 @@ from .settings import Settings
 
 
 def prepare(settings: Settings, cache: Path, more_characters: str) -> data.Corpora:
-    """Speech -> features on disk -> memory. Manifests are checked whole before the work begins."""
+    """Speech -> features on disk -> memory. All manifests are checked before the work begins."""
     shards, skipped = {}, {}
     if settings.transcribed:
         for split in ("transcribed", "untranscribed", "test", "dev"):

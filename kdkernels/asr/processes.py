@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: who am I, and who writes the files."""
+"""Several processes, started by torchrun: their ranks, and who writes the files."""
 
 import os
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def group():
 
 @contextmanager
 def first_then_others():
-    """Rank 0 makes the files in here, then the others find them there."""
+    """Rank 0 runs the body first and makes the files; then the others run it and find them."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -44,7 +44,7 @@ def first_then_others():
 
 
 def from_first(function):
-    """What rank 0 gets from `function()`, in every process; picklable."""
+    """The result of `function()` on rank 0, in every process; it must be picklable."""
     made = [function() if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(made, src=0)
@@ -52,7 +52,7 @@ def from_first(function):
 
 
 def mean(value: float) -> float:
-    """Over the processes."""
+    """Mean over the processes."""
     if world() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -74,8 +74,8 @@ def load(path: Path) -> Recogniser:
 def look_ahead(recogniser: Recogniser) -> float:
     """Seconds of audio after the end of a word that must be heard before its frames are known.
 
-    By how much they come later, what the encoder reads after a frame, the frames that normalise,
-    half a window of the spectrum.
+    The sum of the delay of its labels, what the encoder reads after a frame, the later frames that
+    normalise it, and half a window of the spectrum.
     """
     window = features.FFT / audio.SAMPLE_RATE
     encoder = recogniser.encoder
@@ -85,7 +85,7 @@ def look_ahead(recogniser: Recogniser) -> float:
 
 
 def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
-    """float32 [frames, MELS + 1] -> float32 [frames // STACK, C]; in a pause, blank for sure."""
+    """float32 [frames, MELS + 1] -> float32 [frames // STACK, C]; in a pause, certainly blank."""
     past, future, unit = (n * STACK for n in (encoder.past, encoder.future, encoder.chunk))
     for window, first, count in frontend.overlapping(rows, past, future, unit):
         heard = window[: len(window) // STACK * STACK, -1].view(-1, STACK).amax(1) > 0
@@ -99,8 +99,8 @@ def logits(rows: Iterable[Tensor], encoder: Encoder) -> Iterator[Tensor]:
 def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0) -> list[Word]:
     """When the words of `text` are said in the logits `scores` [T, C], which begin at `start` s.
 
-    `text` may be what was recognised or a transcript that is known. Empty where it cannot be
-    aligned: more labels than frames.
+    `text` may be what was recognised or a known transcript. Empty where it cannot be aligned: more
+    labels than frames.
     """
     encoded = recogniser.alphabet.encode(text)
     path, score = kd.ctc_align(scores, encoded, len(scores), len(encoded))
@@ -125,8 +125,8 @@ def align(scores: Tensor, text: str, recogniser: Recogniser, start: float = 0.0)
 def _confidence(scores: Tensor, word: Tensor) -> float:
     """The probability of `word` in its frames over all its alignments, to the power 1 / letters.
 
-    Right words from wrong ones it tells better than the probabilities of the path's frames do.
-    (Occupancies, as of ctc_posteriors, say where a given text is, not whether.)
+    It separates right words from wrong ones better than the probabilities of the path's frames do.
+    (Occupancies, as from ctc_posteriors, say where a given text is, not whether.)
     """
     loss = kd.ctc_loss(scores, word, len(scores), len(word), reduction="sum")
     return math.exp(-loss.item() / len(word))
@@ -187,8 +187,8 @@ def frames(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> I
 
 @torch.inference_mode()
 def recognise(recogniser: Recogniser, blocks: Iterable[np.ndarray], rate: int) -> Iterator[Word]:
-    """As `frames` -> words.
+    """As `frames`, to words.
 
-    A word comes out as soon as the blocks that were read decide it, see `look_ahead`.
+    A word comes out as soon as the blocks read so far decide it; see `look_ahead`.
     """
     yield from words(frames(recogniser, blocks, rate), recogniser)

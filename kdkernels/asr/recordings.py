@@ -106,7 +106,7 @@ def transcribe(
 
 
 def remarks(shown: list[captions.Caption], seconds: float) -> str:
-    """On captions that are not as they should be, where people talk faster than others read."""
+    """About captions that are late or too fast, where people talk faster than others read."""
     late = max((caption.late for caption in shown), default=0) / 1000
     fast = sum(map(captions.too_fast, shown))
     said = ""
@@ -122,7 +122,7 @@ def remarks(shown: list[captions.Caption], seconds: float) -> str:
 
 
 def outputs_of(paths: list[Path], out: str | None) -> list[list[Path]]:
-    """What is written for each recording; raises where one would take the place of another."""
+    """The files to write for each recording; raises where one would replace another."""
     places = [Path(out) if out else path.parent for path in paths]
     stems = [(place / path.stem).resolve() for place, path in zip(places, paths, strict=True)]
     names = [
@@ -152,7 +152,7 @@ def run(
     late: float,
     model: recognise.Recogniser,
 ) -> int:
-    """All recordings; what cannot be done is told, and the others are. Returns the exit code."""
+    """All recordings; failures are reported, and the others are done. Returns the exit code."""
     written = outputs_of(paths, out)
     if out:
         files.check_writable(Path(out))

@@ -48,7 +48,7 @@ def make(
     seconds: dict[str, float],
     kept: dict[str, dict[str, list[int]]],
 ) -> dict:
-    """Everything that was measured, as json writes it."""
+    """Everything that was measured, as JSON types."""
     drawn = decode.resamples(len(corpora.test), settings.seed)
     order = [name for name in TITLES if name in scores]
     scores = {name: scores[name] for name in order}

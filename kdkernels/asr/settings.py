@@ -141,7 +141,7 @@ MAY_BE_ZERO = ("seed", "ctc_weight", "ssl_steps", "min_confidence", "top_k", "fr
 
 
 def problem(settings: Settings) -> str | None:
-    """What is wrong with the settings, if anything."""
+    """What is wrong with the settings; None if nothing is."""
     for setting in fields(Settings):
         value = getattr(settings, setting.name)
         flag = "--" + setting.name.replace("_", "-")
@@ -189,8 +189,8 @@ def problem(settings: Settings) -> str | None:
 
 
 def warnings(settings: Settings) -> list[str]:
-    """What is allowed, and probably a mistake."""
-    # neighbours is none: dev WER without transcripts, 300 steps, 62.4 as with all; nonblank 84.7
+    """What is allowed but probably a mistake."""
+    # neighbours is none: dev WER without transcripts, 300 steps, 62.4, as with all; nonblank 84.7
     dropped = settings.frames in ("nonblank", "threshold")
     bare = [name for name in settings.arms if ARMS[name].only_distilled]
     if dropped and (bare or not settings.ctc_weight):
@@ -217,12 +217,12 @@ def read(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-# places, the pace of the work and of its copies: a result is the same under any of them
+# places, and how often and fast things are done: results are the same under any of them
 NO_RESULT = ("out", "cache", "workers", "checkpoint_every", "keep", "tensorboard")
 
 
 def changes(old: dict, settings: Settings) -> list[str]:
-    """The settings on which results depend, where `old` has another value: "--seed 0 -> 1"."""
+    """The settings that affect results and have another value in `old`: "--seed 0 -> 1"."""
 
     def shown(value) -> str:
         return ",".join(value) if isinstance(value, list) else str(value) or "none"
@@ -235,7 +235,7 @@ def changes(old: dict, settings: Settings) -> list[str]:
 
 
 def digest(values: dict) -> str:
-    """Of the settings on which results depend."""
+    """Digest of the settings that affect results."""
     return files.digest({name: x for name, x in values.items() if name not in NO_RESULT})
 
 

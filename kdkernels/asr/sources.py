@@ -1,12 +1,12 @@
-"""Recorded speech: where each utterance lies and what is said in it; checked first.
+"""Recorded speech: where each utterance is and what is said in it, checked before it is used.
 
     read(spec, ...)   -> lists of lines, shard by shard
     manifest          JSON lines as NeMo writes them
     kaldi             wav.scp, text, segments
     table             what has rows: a Hugging Face dataset on disk, a torchaudio dataset
 
-Every line that cannot be used is reported with its place; it is left out only when asked for.
-Whether audio can be decoded to its end shows when its features are made.
+Every line that cannot be used is reported with its place, and is left out only on request. Whether
+audio can be decoded to its end shows when its features are made.
 """
 
 import json
@@ -26,8 +26,8 @@ from .files import TrainError
 from .tables import is_hugging_face, open_table
 
 SHARD = 250
-SHOWN = 20  # of the bad lines
-# what damaged audio brings up, in a file or a table
+SHOWN = 20  # bad lines in a message
+# what damaged audio raises, in a file or a table
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError)
 # Apostrophes, and the joiners that only shape letters.
 SPELT_ALIKE = {0x2019: "'", 0x02BC: "'", 0xFF07: "'", 0x200C: None, 0x200D: None, 0x00AD: None}
@@ -103,7 +103,7 @@ class Recorded:
 
 
 class BadLineError(Exception):
-    """A line that cannot be used; says where and why."""
+    """A line that cannot be used; the message says where and why."""
 
 
 def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Recorded], int]:
@@ -131,7 +131,7 @@ def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Rec
 
 
 def tell(bad: list[str], count: str, skip_bad: bool) -> None:
-    """Raises TrainError with the bad lines, if there are any; only names them where skipped."""
+    """Raise a TrainError that lists the bad lines, if any; with `skip_bad`, only list them."""
     if bad:
         more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         listed = "\n  ".join([*bad[:SHOWN], *more])
@@ -171,7 +171,7 @@ def _text(where: str, text, transcripts: bool) -> str:
     return normalise(text)
 
 
-# ---- formats: each yields functions that make one line or raise Bad ------------------------------
+# ---- formats: each yields functions that make one line or raise BadLineError ---------------------
 
 
 def _manifest(path: Path, transcripts: bool) -> Iterator[Callable[[], Line]]:

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
     encoder: model.Encoder
     curve: list[training.Point]
     sha256: str  # of the weights
-    # of each set of which it heard a part alone: how many utterances, of how many
+    # of each set of which it heard only a part: how many utterances, of how many
     kept: dict[str, list[int]] | None = None
 
 
@@ -77,11 +77,11 @@ def train(
     augment: Callable | None = None,
     score: Callable | None = None,
 ) -> Trained:
-    """OUT/NAME.safetensors: trained on `parts`, unless it is there, made from the same things.
+    """OUT/NAME.safetensors: trained on `parts`, unless it exists and was made from the same things.
 
-    `shape`: of the encoder. `made_from`: what the loss depends on besides the parts. `start`: whose
-    weights it begins with, those that fit. `augment`, `score`: see `training.fit`; SpecAugment and
-    the WER on dev unless given.
+    `shape`: of the encoder. `made_from`: what the loss depends on besides the parts. `start`: the
+    model whose weights it begins with, where they fit. `augment`, `score`: see `training.fit`;
+    SpecAugment and the WER on dev unless given.
     """
     settings, folder, _, on, corpora = experiment
     torch.manual_seed(settings.seed)
@@ -149,7 +149,7 @@ def train(
 
 
 def self_supervise(experiment: Experiment) -> Trained | None:
-    """BEST-RQ on the untranscribed audio; its error is that of hidden frames of dev."""
+    """BEST-RQ on the untranscribed audio, scored by its errors on hidden frames of dev."""
     settings, corpora, on = experiment.settings, experiment.corpora, experiment.on
     if not settings.ssl_steps:
         return None
@@ -205,7 +205,7 @@ Opened = list[tuple[object, float]]  # teachers and their weights
 
 
 def cache_logits(experiment: Experiment, opened: Opened, dataset: data.Dataset) -> list:
-    """The teachers' logits, float16 [T, C] for each utterance, from disk when they are there."""
+    """The teachers' logits, float16 [T, C] for each utterance, from disk if they are there."""
     settings, _, cache, on, corpora = experiment
     with (
         processes.first_then_others(),

@@ -14,7 +14,7 @@ import numpy as np
 from . import audio, captions, files, recognise
 
 BLOCK = 0.1  # seconds
-FORMATS = {  # what a stream begins with that is neither samples nor wav
+FORMATS = {  # first bytes of streams that are neither raw samples nor wav
     b"fLaC": "flac",
     b"OggS": "ogg",
     b"ID3": "mp3",
@@ -27,7 +27,7 @@ FORMATS = {  # what a stream begins with that is neither samples nor wav
 
 
 class _Rewound:
-    """A stream that cannot seek, from its beginning on although `head` was read from it."""
+    """A stream that cannot seek, read from its beginning although `head` was read before."""
 
     def __init__(self, head: bytes, rest: BinaryIO):
         self._head, self._rest = head, rest
@@ -38,7 +38,7 @@ class _Rewound:
 
 
 def _format(head: bytes) -> str | None:
-    """Of the stream that begins with these 8 bytes; None of samples and of wav."""
+    """The format of a stream that begins with these 8 bytes; None for raw samples and wav."""
     if head[4:] == b"ftyp":
         return "mp4"
     if len(head) > 2 and head[0] == 0xFF and head[1] in b"\xe2\xe3\xf2\xf3\xfa\xfb":
@@ -49,8 +49,8 @@ def _format(head: bytes) -> str | None:
 
 
 def _plain(head: bytes) -> bytes:
-    """The first 46 bytes of a wav stream. Of WAVE_FORMAT_EXTENSIBLE, which wave of Python 3.11 does
-    not know, with the code of what it extends."""
+    """The first 46 bytes of a wav stream, where WAVE_FORMAT_EXTENSIBLE, which Python 3.11's `wave`
+    does not know, is replaced by the code of the format it extends."""
     extensible = head[12:16] == b"fmt " and head[20:22] == b"\xfe\xff"
     return head[:20] + head[44:46] + head[22:] if extensible else head
 

@@ -1,7 +1,7 @@
-"""Data sets that have rows: of Hugging Face on disk, of torchaudio.
+"""Data sets that have rows: Hugging Face ones on disk, and those of torchaudio.
 
 A table has `len`, `text(row)`, `audio(row)` -> (float [samples, channels], rate), `check(row)`,
-which raises where there is no audio, and `key`, of what it holds.
+which raises where there is no audio, and `key`, which identifies its contents.
 """
 
 import io
@@ -40,8 +40,8 @@ class HuggingFace:
             raise TrainError(f"{folder} holds several splits: name one, e.g. {folder / 'train'}")
         try:
             data = datasets.load_from_disk(str(folder))
-        # what a missing, cut or foreign file of it brings up: OSError and ValueError (pyarrow's and
-        # json's are of these), and the others from json that is not of the expected form
+        # what a missing, truncated or foreign file raises: OSError and ValueError (pyarrow's and
+        # json's errors are such), and the others from json that does not have the expected form
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise TrainError(f"cannot read the dataset {folder}: {error}") from error
         if "audio" not in data.column_names:

@@ -1,11 +1,11 @@
 """Teachers: models of this program, Hugging Face CTC models, torchaudio pipelines.
 
 A teacher has `labels`, for each class a character, "" for the blank, or None for what no student
-says (<s>, <unk>); `frames_per_second`; `sha256` of its weights; `parameters`; and
+emits (<s>, <unk>); `frames_per_second`; `sha256` of its weights; `parameters`; and
 `logits(dataset, on)`, which yields (index, logits [T, classes] on the CPU).
 
-`cached` maps what they say to the student's alphabet and frame rate, mixes several, and keeps it
-on disk.
+`cached` maps their logits to the student's alphabet and frame rate, mixes those of several
+teachers, and keeps the result on disk.
 """
 
 import json
@@ -44,7 +44,7 @@ class Own:
         return cls(*read_encoder(path, "the teacher "))
 
     def logits(self, data: Dataset, on: training.Machine) -> Iterator[tuple[int, Tensor]]:
-        """Those of a streaming student, which come late, are moved to where things are said."""
+        """Logits of a streaming student, which come late, are moved to where things are said."""
         self.encoder.to(on.device)
         for chosen, logits, lengths in training.run(self.encoder, data, on):
             for i, row, length in zip(chosen, logits.cpu(), lengths.tolist(), strict=True):
@@ -53,8 +53,8 @@ class Own:
 
 
 class Foreign:
-    """A model that reads samples at 16 kHz, one utterance at a time: nothing is padded but what is
-    shorter than `least` samples, of which it makes its first frame."""
+    """A model that reads samples at 16 kHz, one utterance at a time. Only utterances shorter than
+    `least` samples, which its first frame takes, are padded."""
 
     def __init__(self, model, labels: list, hop: int, normalise: bool, least: int = 400):
         self.model, self.labels, self._normalise = model.eval(), labels, normalise
@@ -87,7 +87,7 @@ def hugging_face(folder: Path) -> Foreign:
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         random = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-        # not in every published model: hides spans in training and does nothing else
+        # absent from some published models: it hides spans in training and does nothing else
         random = {name for name in random if not name.endswith("masked_spec_embed")}
         if random:
             names = ", ".join(sorted(random)[:5])
@@ -103,7 +103,7 @@ def hugging_face(folder: Path) -> Foreign:
         if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
             raise ValueError("vocab.json is not a table of one language's tokens and their numbers")
         extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a dozen kinds, by which of its files is cut or foreign
+    except Exception as error:  # a dozen kinds, by which file is truncated or foreign
         reason = str(error) or type(error).__name__
         raise TrainError(f"{folder} is not a Hugging Face CTC model: {reason}") from error
     rate = extractor.sampling_rate
@@ -111,7 +111,7 @@ def hugging_face(folder: Path) -> Foreign:
         raise TrainError(f"the teacher {folder} hears {rate} Hz; expected one of {SAMPLE_RATE} Hz")
     labels: list = [None] * model.config.vocab_size
     for token, i in tokens.items():
-        if i < len(labels):  # the others no class stands for
+        if i < len(labels):  # the others have no class
             labels[i] = token
     blank = model.config.pad_token_id
     labels = [_label(str(folder), x, i == blank) for i, x in enumerate(labels)]
@@ -176,7 +176,7 @@ def open_teachers(specs: list[str]) -> list[tuple[object | None, float]]:
 
 
 def characters(opened: list[tuple]) -> str:
-    """What these teachers can say: the student's alphabet must have it."""
+    """The characters of these teachers, which the student's alphabet must have."""
     return "".join(x for teacher, _ in opened if teacher for x in teacher.labels if x)
 
 

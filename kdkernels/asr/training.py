@@ -1,4 +1,4 @@
-"""One loop for every training, which goes on where it was; evaluation on the way.
+"""One loop for every training, which resumes where it was and evaluates on the way.
 
 All randomness is a function of the step, so a checkpoint is model, optimizer and step, and a
 training that was killed ends with the same bits as one that was not.
@@ -84,7 +84,7 @@ class Checkpoints:
     """OUT/checkpoints/NAME: the newest ones and the best, each written whole or not at all."""
 
     def __init__(self, folder: Path, key: str, keep: int, about: dict):
-        """`about`: the encoder's shape and alphabet, which make the best one a model's file."""
+        """`about`: the encoder's shape and alphabet, which make the best one a file of a model."""
         self.folder, self.key, self.keep, self.about = folder, key, keep, about
 
     def save(self, model: Encoder, optimizer, facts: dict) -> None:
@@ -93,7 +93,7 @@ class Checkpoints:
             state |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
         name = f"step-{facts['step']:08}.safetensors"
         files.save_tensors(self.folder / name, state, self.key, **facts)
-        # one of a later step could not be read, or this training would have begun there
+        # those of a later step were unreadable, or this training would have begun there
         whole = sorted(p for p in self.folder.glob("step-*.safetensors") if p.name <= name)
         for path in set(self.folder.glob("step-*.safetensors")) - set(whole[-self.keep :]):
             path.unlink()
@@ -198,7 +198,7 @@ def fit(
             bar.set_postfix_str(f"dev WER {wer:.1f}")
         if leads and evaluated:
             metrics.write(curve)
-        # before the checkpoint: a training that goes on from there does not come by here again
+        # before the checkpoint: a training resumed from there does not pass here again
         if leads and evaluated and curve[-1].wer == min(point.wer for point in curve):
             checkpoints.save_best(model, {"step": done, "wer": curve[-1].wer})
         if leads and (done % settings.checkpoint_every == 0 or done == steps):

@@ -3,8 +3,8 @@
     python -m kdkernels.bench.compare main HEAD                   # wall times
     python -m kdkernels.bench.compare main HEAD --instructions    # callgrind: instructions.py
 
-Both commits are built into folders of their own and measured by the benchmark of this checkout. Of
-wall times the old commit has two processes: what these differ by is the noise. Instructions have
+Both commits are built into folders of their own and measured by the benchmark of this checkout. For
+wall times the old commit runs in two processes, whose difference is the noise; instructions have
 none. Run it from the repository.
 """
 
@@ -27,7 +27,7 @@ from . import instructions
 from .shapes import OPS, select
 
 HERE = Path(__file__).parent
-# Of fewer, the interval of the median is no more than their extremes.
+# With fewer, the interval of the median would just be their extremes.
 MIN_ROUNDS = 6
 # A row that moved by less than this is not reported, however quiet the machine.
 LEAST = 0.02
@@ -69,7 +69,7 @@ PYTHON = [sys.executable, "-S", "-m"]
 
 
 def check_sources() -> None:
-    """A child runs in the folder whose package it must measure."""
+    """A child process must measure the package of the folder that it runs in."""
     if not Path(__file__).is_relative_to(Path.cwd()):
         raise SystemExit(f"compare: expected the package in {Path.cwd()}, got {__file__}")
 

@@ -1,7 +1,7 @@
 """What is compared: this package, eager torch, torch.compile, installed peers, and a plain copy.
 
 Every step is one training step as the loss sees it: raw logits in, the summed loss, `backward()`,
-and a gradient tensor that did not exist before. `new` is this package's without the memory that it
+and a gradient tensor that did not exist before. `new` is this package without the memory that it
 keeps from gradient to gradient. ctc_align has no gradient: its step is the call.
 """
 
@@ -223,7 +223,7 @@ def align_contender(align: Callable, inputs: Inputs) -> Contender:
 
 
 def copy_contender(inputs: Inputs, tensors: float) -> Contender:
-    """Copy `tensors` logit tensors into new memory, got as this package gets it."""
+    """Copy `tensors` logit tensors into new memory, obtained as this package obtains its own."""
     x = inputs.student.detach().flatten()
     parts = [x] * int(tensors)
     if tensors % 1:
@@ -249,11 +249,11 @@ def contenders(
     only: tuple[str, ...] = (),
     failed: dict[str, str] | None = None,
 ) -> dict[str, Contender]:
-    """Name -> contender, `ours` first: those that run here; without those that take long to
-    compile, or some alone.
+    """Name -> contender, `ours` first, of those that run here. Without `compile`, those that take
+    long to compile are left out; `only` names the few that are wanted.
 
-    Each peer runs once. What it raises is an error, or with `failed` noted there: another
-    library's fault costs its own figures alone.
+    Each peer runs once. What it raises is an error, or is noted in `failed`, where that is given: a
+    fault in another library costs only its own figures.
     """
     device = inputs.student.device.type
     if shape.op == "ctc_align":

@@ -1,5 +1,5 @@
-"""Instructions that the compiled kernels execute, counted by callgrind: no noise, however busy the
-machine.
+"""Instructions that the compiled kernels execute, counted by callgrind: free of noise, however busy
+the machine is.
 
 One process under valgrind calls `ours` of every row, on one thread, with the AVX2 build (valgrind
 knows no AVX-512). What the extension executes itself is counted: not Python, torch or libc, so that

@@ -22,9 +22,9 @@ def resident(field: str) -> int:
 def peak(step: Callable, inputs) -> int:
     """Bytes beyond the inputs that one step has in use at its peak, gradient included.
 
-    The step ran before: threads and code are there. What others freed goes back to the kernel
-    first, so that nobody finds his memory ready. Of two steps the least: what an allocator
-    wastes is chance.
+    The step ran before, so that threads and code are loaded. Freed memory is returned to the
+    kernel first, so that nobody finds memory ready. The lesser of two steps counts: what an
+    allocator wastes varies by chance.
     """
     return min(peak_once(step, inputs) for _ in range(2))
 

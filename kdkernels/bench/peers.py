@@ -1,4 +1,4 @@
-"""Other libraries' losses, and why one that is not compared is not.
+"""The losses of other libraries, and why some are not compared.
 
 A peer gets its inputs in its own layout and arrays, made outside the time that is measured.
 """
@@ -21,7 +21,7 @@ class Peer(NamedTuple):
     module: str  # which must be importable
     device: str  # where it runs
     compared: str
-    alone: str = ""  # what is known of it beside a CPU build of torch 2.13, for who lacks it
+    alone: str = ""  # what is known of it beside a CPU build of torch 2.13, where it is missing
 
 
 PEERS = {
@@ -71,7 +71,7 @@ def peer_status(name: str) -> dict[str, str | None]:
     peer = PEERS[name]
     try:
         version = importlib.metadata.version(peer.package)
-        with warnings.catch_warnings():  # of the other library's own affairs
+        with warnings.catch_warnings():  # about the other library itself
             warnings.simplefilter("ignore")
             importlib.import_module(peer.module)
     except importlib.metadata.PackageNotFoundError:

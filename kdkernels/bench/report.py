@@ -33,7 +33,7 @@ def with_section(readme: str, name: str, section: str) -> str:
 
 
 def checked(result) -> dict:
-    """A result of every row of the table; ValueError says what is wrong with another."""
+    """The result, if it has every row of the table; ValueError says what is wrong with it."""
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError("it has no rows")
     every = {(s.op, s.label) for s in SHAPES}

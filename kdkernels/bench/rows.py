@@ -87,7 +87,7 @@ def loop_row(shape: Shape, inputs, args) -> dict[str, float]:
     """The same step between a layer and its update, as in training.
 
     A thread pool of the package's own, next to torch's, would show here and nowhere else. `idle` is
-    the loop without a loss: its gradient is there already.
+    the loop without a loss, with a ready-made gradient.
     """
     hidden = torch.randn(*inputs.student.shape[:-1], 128)
     layer = torch.nn.Linear(128, shape.C)

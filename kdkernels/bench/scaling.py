@@ -39,8 +39,8 @@ def scaling(args) -> list[dict]:
 
 
 def training_step(args) -> list[dict]:
-    """Seconds of a student's training step with the fused loss, with torch's, and without one (its
-    gradient is there already); the student is that of the training program."""
+    """Seconds of a training step of the training program's student with the fused loss, with
+    torch's, and with none (the gradient is ready-made)."""
     try:
         from kdkernels.asr.features import MELS
         from kdkernels.asr.model import STACK, Encoder

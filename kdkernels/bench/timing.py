@@ -1,6 +1,7 @@
 """The one measuring function: contenders take turns, round after round, in one process.
 
-What else the machine does then hits all alike. Figures are medians over the rounds with quartiles.
+Whatever else the machine does then hits all alike. Figures are medians over the rounds, with
+quartiles.
 A ratio is the median of the ratios within the rounds that both ran in, so that it compares what ran
 side by side: it need not be that of the two medians.
 """

@@ -31,7 +31,20 @@ def test_links_within_a_page_have_a_heading(page):
 def test_every_module_has_a_line_in_the_map_of_its_folder():
     modules = {path.name for path in (ROOT / "kdkernels/asr").glob("[!_]*.py")}
     assert set(re.findall(r"^ +(\w+\.py) ", kdkernels.asr.__doc__, re.M)) == modules
-    table = (ROOT / "CONTRIBUTING.md").read_text().split("| file of `kdkernels/bench/` |")[1]
-    table = table.split("\n\n")[0]
-    modules = {path.name for path in (ROOT / "kdkernels/bench").glob("[!_]*.py")}
-    assert set(re.findall(r"`(\w+\.py)`", table)) == modules
+
+
+@pytest.mark.parametrize(
+    ("title", "files"),
+    [
+        ("file of `kdkernels/bench/`", "kdkernels/bench/[!_]*.py"),
+        ("module of `kdkernels/backends/triton/`", "kdkernels/backends/triton/[!_]*.py"),
+        ("header of `csrc/cpu/`", "csrc/cpu/*.h"),
+        ("header of `csrc/cuda/`", "csrc/cuda/*.cuh"),
+    ],
+)
+def test_every_file_has_a_line_in_its_table(title, files):
+    table = (ROOT / "CONTRIBUTING.md").read_text().split(f"| {title} |")[1].split("\n\n")[0]
+    ending = Path(files).suffix
+    in_first_column = " ".join(row.split("|")[1] for row in table.splitlines()[2:])
+    named = {name for name in re.findall(r"`([\w.]+)`", in_first_column) if name.endswith(ending)}
+    assert named == {path.name for path in ROOT.glob(files)}

@@ -10,10 +10,9 @@
     report          OUT/report.json, OUT/report.md, OUT/*.png
     example         OUT/captions.wav, .vtt, .srt: what the distilled student hears
 
-A stage reads files and writes files. A file that is there, whole, and made from the same data and
-settings is used as it is; a training goes on from its newest checkpoint. So the same command, run
-again, goes on where it was. What a run with other settings left in OUT is set aside first, in
-OUT/previous.
+A stage reads files and writes files. A complete file made from the same data and settings is used
+as it is, and a training resumes from its newest checkpoint: the same command, run again, resumes
+where it was. What a run with other settings left in OUT is first set aside, in OUT/previous.
 """
 
 import sys
@@ -79,7 +78,7 @@ def run(settings: Settings) -> dict:
         models[f"teacher_{name}"] = train_teacher(
             experiment, f"teacher_{name}", TEACHERS[name], ssl
         )
-    for heard in ARMS["distilled"].hears:  # here, so that a teacher that does not fit is told
+    for heard in ARMS["distilled"].hears:  # now, to report early a teacher that does not fit
         cache_logits(experiment, opened, getattr(corpora, heard))
     for name in (name for name in ARMS if name in settings.arms):
         models[f"student_{name}"] = train_student(experiment, name, opened, models)

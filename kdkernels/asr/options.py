@@ -27,14 +27,14 @@ A teacher of your own (--teachers) is one of
   FOLDER               a Hugging Face CTC model (Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC)
   torchaudio:BUNDLE    e.g. torchaudio:WAV2VEC2_ASR_BASE_960H
   own                  the one this run trains
-each with =WEIGHT after it where several shall not count the same.
+each with =WEIGHT after it where several should not count equally.
 
-The same command with the same --out goes on where it was, whatever ended it; finished stages are
-used as they are. Where a run with other settings is there, it is set aside in OUT/previous, and
-what does not depend on them is taken back; delete OUT/previous when you need nothing of it.
+The same command with the same --out resumes where it was, whatever ended it; finished stages are
+used as they are. A run with other settings in that folder is set aside in OUT/previous, and what
+does not depend on them is taken back; delete OUT/previous when you need nothing in it.
 
-Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; the batches are then shared
-out among them, and the results are those of one process but for rounding.
+Several processes: torchrun --nproc-per-node 2 -m kdkernels.train ...; each batch is then divided
+among them, and the results are those of one process but for rounding.
 """
 
 
@@ -49,7 +49,7 @@ def names(value) -> list[str]:
 
 class _Parser(ArgumentParser):
     def error(self, message, ex=None):
-        """Without the usage text: of so many options it would hide what is wrong."""
+        """Without the usage text, which has so many options that it would hide the error."""
         wrong = re.fullmatch(r'Parser key "(\w+)":\s+Expected an? <class \'(\w+)\'>. (.*)', message)
         if wrong:
             name, kind, got = wrong.groups()
@@ -63,7 +63,7 @@ def _parser(mode: str):
         def _fill_text(self, text, width, indent):
             return "".join(indent + line for line in text.splitlines(keepends=True))
 
-        def _get_type_str(self, action):  # DIR, DATA, LIST and N say it
+        def _get_type_str(self, action):  # the metavars DIR, DATA, LIST and N say it
             return None
 
         def _get_help_string(self, action):

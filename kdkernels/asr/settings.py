@@ -48,35 +48,37 @@ class Settings:
         f"students to train, A,B,... of {', '.join(ARMS)}",
         metavar="LIST",
     )
-    teachers: list[str] = option(["own"], "whom the students learn from; see below", metavar="LIST")
+    teachers: list[str] = option(
+        ["own"], "teachers that the students learn from; see below", metavar="LIST"
+    )
     teacher_rows: list[str] = option(
         list(TEACHERS),
-        f"with --ssl-steps: teachers trained besides, for comparison, of {', '.join(TEACHERS)}",
+        f"with --ssl-steps: more teachers, for comparison, of {', '.join(TEACHERS)}",
         metavar="LIST",
     )
     teacher_width: int = option(160, "channels of the teacher")
     teacher_layers: int = option(8, "layers of the teacher")
     student_width: int = option(96, "channels of the student")
     student_layers: int = option(6, "layers of the student")
-    chunk_frames: int = option(8, "streaming student: frames that it waits for, of 30 ms each")
+    chunk_frames: int = option(8, "streaming student: frames in a chunk, of 30 ms each")
     left_chunks: int = option(4, "streaming student: chunks of the past that it attends to")
-    frame_shift: int = option(4, "streaming student: frames by which it may come after the teacher")
+    frame_shift: int = option(4, "streaming student: frames by which it may lag behind the teacher")
 
     ssl_steps: int = option(
         0,
-        "self-supervised steps (BEST-RQ) before the teacher's own, and rows in the report of what "
-        "they bring, for few transcripts and for all; 0: it starts from nothing",
+        "self-supervised steps (BEST-RQ) before the teacher's own, and rows in the report on what "
+        "they bring, for few transcripts and for all; 0: none",
     )
     ssl_learning_rate: float = option(
         1e-3,
-        "its peak in these steps; with that of --learning-rate the weights move so far that the "
-        "teacher ends up worse than from nothing",
+        "peak learning rate in these steps; with that of --learning-rate the weights move so far "
+        "that the teacher ends up worse than without them",
     )
     teacher_steps: int = option(3500, "training steps of the teacher")
     student_steps: int = option(3000, "training steps of each student")
-    batch_seconds: float = option(48.0, "audio in a step, with padding: the same for everyone")
+    batch_seconds: float = option(48.0, "audio in a step, with padding: the same for every model")
     accumulate: int = option(1, "parts in which a step is computed, to save memory")
-    learning_rate: float = option(3e-3, "its peak: linear warm-up, then a cosine to zero")
+    learning_rate: float = option(3e-3, "peak learning rate: linear warm-up, then a cosine to zero")
     clip: float = option(1.0, "largest norm of a step's gradient")
     eval_every: int = option(100, "steps between two points of the dev curve")
     checkpoint_every: int = option(100, "steps between two checkpoints")
@@ -92,7 +94,7 @@ class Settings:
     temperature: float = option(1.0, "temperature of the distillation term")
     divergence: str = option(
         "forward_kl",
-        "of teacher and student",
+        "divergence of the distillation term",
         choices=("forward_kl", "reverse_kl", "jsd"),
     )
     frames: str = option(
@@ -110,7 +112,7 @@ class Settings:
     )
     top_k: int = option(0, "keep the k best teacher logits of a frame and the rest's mass; 0: all")
     untranscribed_share: float = option(0.75, "share of untranscribed audio in a distillation step")
-    noise_snr: float = option(0.0, "arm noisy: speech above the noise that is added, dB")
+    noise_snr: float = option(0.0, "arm noisy: speech over added noise, dB")
 
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")

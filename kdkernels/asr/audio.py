@@ -99,7 +99,7 @@ def cut_short(path: Path) -> bool:
     return header[:4] == b"RIFF" and not streamed and path.stat().st_size < size + 8
 
 
-def header(file) -> None:
+def check_header(file) -> None:
     """Raises OSError or ValueError unless `file`, a path or a binary file, is audio."""
     try:
         with soundfile.SoundFile(file) as opened:

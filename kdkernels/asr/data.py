@@ -26,7 +26,7 @@ from torch import Tensor
 from . import audio, corpus, features
 from .espeak import Espeak, paths
 from .files import TrainError, digest, load_tensors, save_tensors
-from .sources import SHARD, Recorded, tell
+from .sources import SHARD, Recorded, report_bad
 
 FORMAT = 2  # raise it whenever the samples or the features change
 
@@ -234,7 +234,7 @@ def load(
             keys.append(facts["sha256"])
     finally:
         pool.shutdown(cancel_futures=True)
-    tell(bad, f"{len(bad)} of {len(bad) + len(rows)} recordings cannot be used", skip_bad)
+    report_bad(bad, f"{len(bad)} of {len(bad) + len(rows)} recordings cannot be used", skip_bad)
     if not rows:
         raise TrainError("no recording of a set can be used; give others")
     shards = len(sources)

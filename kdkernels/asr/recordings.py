@@ -29,11 +29,11 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "there is no such file"
         raise files.TrainError(f"{path} cannot be read as audio: {reason}")
-    repair = f"`ffmpeg -i {path} whole.wav` may repair it"
+    remedy = f"`ffmpeg -i {path} whole.wav` may repair it"
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise files.TrainError(f"{path} cannot be read as audio ({error}); {repair}") from error
+        raise files.TrainError(f"{path} cannot be read as audio ({error}); {remedy}") from error
     with file:
         rate = file.samplerate
         if not audio.RATES[0] <= rate <= audio.RATES[1]:
@@ -42,7 +42,7 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
                 f"{audio.RATES[1]}"
             )
         if audio.cut_short(path):
-            raise files.TrainError(f"{path} is truncated: its header promises more; {repair}")
+            raise files.TrainError(f"{path} is truncated: its header promises more; {remedy}")
         try:
             while len(block := file.read(math.ceil(seconds * rate), "float32", always_2d=True)):
                 if not np.isfinite(block).all():
@@ -51,7 +51,7 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
         except soundfile.SoundFileError as error:
             raise files.TrainError(
                 f"{path} is truncated or damaged ({error}, within {seconds:.0f} s of "
-                f"{file.tell() / rate:.0f} s); {repair}"
+                f"{file.tell() / rate:.0f} s); {remedy}"
             ) from error
 
 

@@ -124,13 +124,15 @@ def read(spec: str, transcripts: bool, skip_bad: bool = False) -> tuple[list[Rec
             good.append(line())
         except BadLineError as error:
             bad.append(str(error))
-    tell(bad, f"{len(bad)} of {len(good) + len(bad)} lines of {spec} cannot be used", skip_bad)
+    report_bad(
+        bad, f"{len(bad)} of {len(good) + len(bad)} lines of {spec} cannot be used", skip_bad
+    )
     if not good:
         raise TrainError(f"{spec} has no utterance that can be used; write one per line")
     return [Recorded(tuple(good[i : i + SHARD])) for i in range(0, len(good), SHARD)], len(bad)
 
 
-def tell(bad: list[str], count: str, skip_bad: bool) -> None:
+def report_bad(bad: list[str], count: str, skip_bad: bool) -> None:
     """Raise a TrainError that lists the bad lines, if any; with `skip_bad`, only list them."""
     if bad:
         more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []

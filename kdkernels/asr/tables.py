@@ -73,7 +73,7 @@ class HuggingFace:
     def check(self, row: int) -> None:
         item = self._item(row)
         if item.get("array") is None:
-            audio.header(self._file(item))
+            audio.check_header(self._file(item))
         elif not np.isfinite(np.asarray(item["array"], np.float32)).all():
             raise ValueError("samples that are not numbers")
 
@@ -133,7 +133,7 @@ class Torchaudio:
 
     def check(self, row: int) -> None:
         if self._named:
-            audio.header(self._file(row))
+            audio.check_header(self._file(row))
 
     def audio(self, row: int) -> tuple[np.ndarray, int]:
         if self._named:

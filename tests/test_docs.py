@@ -10,7 +10,7 @@ import kdkernels.asr
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/numerics.md"])
 def test_files_that_are_named_exist(page):
     text = (ROOT / page).read_text()
     folders = "benchmarks|csrc|docs|kdkernels|python|tests|\\.ci"

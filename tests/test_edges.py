@@ -299,6 +299,49 @@ def test_classes_masked_in_the_student(on, dtype):
     assert_kd_grad(y.grad, p_t - p_s, dtype)
 
 
+@pytest.mark.parametrize("C", [3, 20, 300])
+def test_classes_masked_in_a_teacher_that_is_close(on, C):
+    """The student's probability there is all that is left."""
+    t = randn(6, C, seed=31).float()
+    s = t + 0.05 * randn(6, C, seed=32).float()
+    s[:, 0] += 0.3
+    s[:, 2] = torch.tensor([-3.0, -5.0, -8.0, -12.0, -20.0, -60.0])
+    t[:, 2] = -math.inf
+    log_s, log_t = s.double().log_softmax(-1), t.double().log_softmax(-1)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    d = torch.where(p_t > 0, log_t - log_s, 0.0)
+    rows = torch.where(p_t > 0, p_t * (torch.expm1(-d) + d), p_s).sum(-1)
+    grad = torch.where(p_t > 0, p_t * torch.expm1(-d), p_s)
+    for teacher_too in (False, True):
+        x, y = on.leaf(s), on.leaf(t).requires_grad_(teacher_too)
+        loss = on.kd_loss(x, y, reduction="none")
+        loss.sum().backward()
+        assert_loss(loss, rows, torch.float32, kd=True)
+        assert_kd_grad(x.grad, grad, torch.float32, largest=p_t.max().item())
+
+
+def test_masked_classes_of_a_student_have_no_gradient(on):
+    """Nor where the teacher has too little mass in one of them for float32."""
+    s = torch.tensor([[0.0, 0.1, -math.inf, -math.inf]])
+    t = torch.tensor([[0.0, 0.0, -300.0, -5.0]])
+    x = on.leaf(s)
+    loss = on.kd_loss(x, t.to(on.device))
+    loss.backward()
+    assert loss == math.inf
+    p_s, p_t = s.double().softmax(-1), t.double().softmax(-1)
+    assert_kd_grad(x.grad[:, :2], (p_s - p_t)[:, :2], torch.float32)
+    assert (x.grad[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("constant", [0.3, 1e10, 1e30])
+def test_one_class(on, constant):
+    x = on.leaf(torch.full((3, 1), constant))
+    loss = on.kd_loss(x, torch.tensor([[0.1], [-7.7e9], [1e-3]], device=on.device))
+    loss.backward()
+    assert loss == 0
+    assert (x.grad == 0).all()
+
+
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_jsd_of_masked_classes_is_finite(on, where):
     s, t = randn(5, 12, seed=18), randn(5, 12, seed=19)

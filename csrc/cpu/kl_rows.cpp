@@ -28,17 +28,31 @@ KDKERNELS_INLINE float factor(const KLRows& rows, int r, KLScales scale) {
   return float(rows.factor[r]) * scale.q;
 }
 
-// d0 - c, c in units of the logits; 0 for a class that is masked in both. The rounding of p - q is
-// carried along, since the logits may differ by a constant much larger than what is left of d0.
-KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, float reference) {
-  const VecF32 difference = p - q, minus_q = difference - p;
-  const VecF32 lost = (p - (difference - minus_q)) - (q + minus_q);
-  const VecF32 d = ((difference - reference) + lost) * scale;
+// p - q as two: rounded, and what that lost; nothing of a masked class.
+template <class V>
+struct Difference {
+  V rounded, lost;
+};
+using Reference = Difference<float>;  // c, in units of the logits
+
+template <class V>
+KDKERNELS_INLINE Difference<V> difference(V p, V q) {
+  const V rounded = p - q, minus_q = rounded - p;
+  const V lost = (p - (rounded - minus_q)) - (q + minus_q);
+  return {rounded, lost == lost ? lost : V{}};
+}
+
+// d0 - c; infinite for a class that one side masks, 0 for one that both mask. What the differences
+// lose is carried along, since the logits may differ by a constant much larger than what is left of
+// d0; the class of c has exactly 0.
+KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, Reference c) {
+  const Difference<VecF32> d0 = difference(p, q);
+  const VecF32 d = ((d0.rounded - c.rounded) + (d0.lost - c.lost)) * scale;
   return d == d ? d : VecF32{};
 }
 
 // Rows number `index[0..n)` of the block, all of them near; `reference`: c of each of the block.
-void near_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
+void near_rows(KLRows& rows, const int* index, const Reference* reference, int n, int64_t C,
                KLScales scale, const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   double sum[kMaxRows] = {}, change[kMaxRows] = {}, kl[kMaxRows] = {};
@@ -93,7 +107,7 @@ void near_rows(KLRows& rows, const int* index, const float* reference, int n, in
 // Rows of which some classes are close all the same, or whose loss or gradient is small against the
 // probabilities: the terms p d + q - p and the differences q - p from d where it is small, and so
 // the change of the normalisers, as of near rows. The exponentials are in `scratch`.
-void close_rows(KLRows& rows, const int* index, const float* reference, int n, int64_t C,
+void close_rows(KLRows& rows, const int* index, const Reference* reference, int n, int64_t C,
                 KLScales scale, const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int i = 0; i < n; i++) {
@@ -105,8 +119,8 @@ void close_rows(KLRows& rows, const int* index, const float* reference, int n, i
                              scale.p, reference[row]);
     };
     // Between the class of the largest p, where d0 is c, and that of the largest q.
-    const double between =
-        (double(largest.q[row]) - double(largest.p[row]) + double(reference[row])) * scale.p;
+    const double c = double(reference[row].rounded) + double(reference[row].lost);
+    const double between = (double(largest.q[row]) - double(largest.p[row]) + c) * scale.p;
     const float q_scale = float(std::exp(between));  // to exponentials that are p's where d0 is c
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
@@ -144,8 +158,10 @@ void close_rows(KLRows& rows, const int* index, const float* reference, int n, i
         VecF32 change = load_n(q_exps + c, lanes, 0.0f) * q_factor - prob;
         change = close ? prob * (plus - d) : change;
         row_kl += close ? prob * plus : change + (prob > 0 ? prob * d : VecF32{});
-        if (rows.grad_q[row])
+        if (rows.grad_q[row]) {  // none of a class that q masks
+          change = load_n(q_logits + c, lanes, -kInf) > -kInf ? change : VecF32{};
           store_n(rows.grad_q[row] + c, change * factor(rows, row, scale), lanes);
+        }
       });
       kl += double(reduce_add(row_kl));
     }
@@ -248,7 +264,7 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
 // A row that is not far: near, close, or without a divergence.
 struct Way {
   bool valid, near;
-  float reference;  // c
+  Reference reference;
 };
 
 Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale, float p_max,
@@ -266,7 +282,10 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale,
   const float low = -reduce_max(-d_low), spread = reduce_max(d_high) - low;
   const bool valid = !any(nan) && std::fabs(p_max) < kInf && std::fabs(q_max) < kInf;
   const int64_t top = valid ? std::find(p_logits, p_logits + C, p_max) - p_logits : 0;
-  return {valid, spread * scale <= 0.25f, p_logits[top] - q_logits[top]};
+  // Of a class that q masks there is no difference to refer to.
+  const Reference reference =
+      q_logits[top] > -kInf ? difference(p_logits[top], q_logits[top]) : Reference{};
+  return {valid, spread * scale <= 0.25f, reference};
 }
 
 template <bool kSameTemperature, int kVectors>
@@ -277,7 +296,7 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
   bool is_far[kMaxRows];
   far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
-  float reference[kMaxRows];
+  Reference reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
     if (only_far || (left[r].grad_p && !rows.grad_q[r])) {

@@ -24,17 +24,27 @@ struct KLScale {
 struct KLStatistics {
   float p_max, q_max;  // largest logits
   float d_range;       // of p - q, over the classes that are not masked in both
-  float d_top;         // p - q of the class with the largest p
+  float q_top;         // q of the class with the largest p
   bool nan;
   double p_sum, q_sum, p_d;  // of exp(p), exp(q), exp(p) d0, from the maxima
 };
 
-// d0, less `reference` in units of the logits; 0 for a class that is masked in both. The logits may
-// differ by a constant much larger than what is left: the rounding of p - q is carried along.
-KDKERNELS_DEVICE float near_difference(float p, float q, const KLScale& scale, float reference) {
-  const float difference = p - q, minus_q = difference - p;
-  const float lost = (p - (difference - minus_q)) - (q + minus_q);
-  const float d = ((difference - reference) + lost) * scale.factor;
+// p - q as two: rounded, and what the rounding lost.
+struct Difference {
+  float rounded, lost;
+  KDKERNELS_DEVICE Difference(float p, float q) : rounded(p - q) {
+    const float minus_q = rounded - p;
+    lost = (p - (rounded - minus_q)) - (q + minus_q);
+  }
+};
+
+// d0, less that of the class with the largest p, which has exactly 0; 0 for a class that is masked
+// in both. The logits may differ by a constant much larger than what is left: what the differences
+// lose is carried along.
+KDKERNELS_DEVICE float near_difference(float p, float q, const KLScale& scale,
+                                       const KLStatistics& s) {
+  const Difference d0(p, q), top(s.p_max, s.q_top);
+  const float d = ((d0.rounded - top.rounded) + (d0.lost - top.lost)) * scale.factor;
   return d == d ? d : 0.0f;
 }
 
@@ -70,7 +80,7 @@ class RowOnChip {
     group_.template reduce<Max>(most);
     float top = -kInfinity;
 #pragma unroll
-    for (int i = 0; i < K; i++) top = p_[i] == most[0] ? fmaxf(top, -(q_[i] - p_[i])) : top;
+    for (int i = 0; i < K; i++) top = p_[i] == most[0] ? fmaxf(top, -q_[i]) : top;
     top = group_.template reduce<Max>(top);
     float p_sum = 0, q_sum = 0, p_d = 0;
 #pragma unroll
@@ -84,7 +94,7 @@ class RowOnChip {
     }
     double sums[3] = {double(p_sum), double(q_sum), double(p_d)};
     group_.template reduce<Sum>(sums);
-    return {most[0], most[1], most[2] + most[3], top, most[4] != 0, sums[0], sums[1], sums[2]};
+    return {most[0], most[1], most[2] + most[3], -top, most[4] != 0, sums[0], sums[1], sums[2]};
   }
 
   // f(p, q, exp p, exp q) of every class, into `out` unless that is null. Classes past the end are
@@ -137,7 +147,7 @@ class RowInMemory {
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         const float d = p[j] - q[j];
-        top = p[j] > p_max ? d : top;
+        top = p[j] > p_max ? -q[j] : top;
         p_max = fmaxf(p_max, p[j]);
         q_max = fmaxf(q_max, q[j]);
         most[2] = fmaxf(most[2], d);
@@ -166,7 +176,7 @@ class RowInMemory {
     double sums[3] = {p_sum, q_sum, p_d};
     group_.template reduce<Sum>(sums);
     top = group_.template reduce<Max>(own[0] == most[0] ? top : -kInfinity);
-    return {most[0], most[1], most[2] + most[3], top, most[4] != 0, sums[0], sums[1], sums[2]};
+    return {most[0], most[1], most[2] + most[3], -top, most[4] != 0, sums[0], sums[1], sums[2]};
   }
 
   template <bool kExpP, bool kExpQ, class F>
@@ -263,13 +273,12 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
 
   // The normalisers of the ways that need more, all made together: one of them is used.
   // In a row whose largest p is near 1 that class adds nothing to the change of the normalisers.
-  const float reference = near ? s.d_top : 0.0f;
   double sums[5] = {0, 0, 0, 0, 0};
   if (near) {
     float change = 0;
     row.template map<true, false>(scale, s, static_cast<T*>(nullptr),
                                   [&](float p, float q, float p_exp, float) {
-                                    const float d = near_difference(p, q, scale, reference);
+                                    const float d = near_difference(p, q, scale, s);
                                     change += p_exp * (expm1_plus(d) - d);
                                     return 0.0f;
                                   });
@@ -298,7 +307,7 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
   const float p_factor = float(1 / (1 + p_rest)), q_factor = float(1 / (1 + q_rest));
   const float close_shift = close ? float(log1p(q_rest) - log1p(p_rest)) : 0.0f;
   const auto near_change = [&](float p, float q, float p_exp, float) {
-    const float d = near_difference(p, q, scale, reference) + near_shift;
+    const float d = near_difference(p, q, scale, s) + near_shift;
     const float prob = p_exp * near_factor, plus = expm1_plus(d);
     row_kl += prob * plus;
     return prob * (plus - d);

@@ -92,10 +92,11 @@ def kl_begin(ROWS: tl.constexpr):
 
 @triton.jit
 def kl_range(teacher, student):
-    """Largest and smallest difference of each row, and that of the teacher's largest class."""
+    """Largest and smallest difference of each row, and the student's logit of the teacher's largest
+    class."""
     d = teacher - student
     masked = (teacher == -INF) & (student == -INF)
-    top = row_max(tl.where(teacher == row_max(teacher), d, -INF))
+    top = row_min(tl.where(teacher == row_max(teacher), student, INF))
     return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d)), top
 
 
@@ -104,18 +105,18 @@ def kl_tile(teacher, student, scale):
     """State of a row that is one tile, and the exponentials."""
     t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
     s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
-    d_max, d_min, d_top = kl_range(teacher, student)
-    return (t_max, t_rest, s_max, s_rest, d_max, d_min, d_top), t_exp, s_exp
+    d_max, d_min, s_top = kl_range(teacher, student)
+    return (t_max, t_rest, s_max, s_rest, d_max, d_min, s_top), t_exp, s_exp
 
 
 @triton.jit
 def kl_join(state, teacher, student, scale):
-    t_before, t_rest, s_max, s_rest, d_max, d_min, d_top = state
+    t_before, t_rest, s_max, s_rest, d_max, d_min, s_top = state
     t_max, t_rest = softmax_join(t_before, t_rest, teacher, scale, tl.float32)
     s_max, s_rest = softmax_join(s_max, s_rest, student, scale, tl.float32)
     high, low, top = kl_range(teacher, student)
-    d_top = tl.where(t_max > t_before, top, d_top)
-    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low), d_top
+    s_top = tl.where(t_max > t_before, top, s_top)
+    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low), s_top
 
 
 @triton.jit
@@ -125,27 +126,34 @@ def kl_near(state, scale):
 
 
 @triton.jit
-def near_difference(reference, teacher, student, scale):
-    """d0, less `reference` in units of the logits; 0 for a class that is masked in both. The logits
-    may differ by a constant much larger than what is left: the rounding of the difference is
-    carried along."""
-    d = teacher - student
-    minus_s = d - teacher
-    lost = (teacher - (d - minus_s)) - (student + minus_s)
-    d = tl.where(tl.abs(d) < INF, (d - reference) + lost, d) * scale
+def difference(a, b):
+    """a - b as two: rounded, and what the rounding lost."""
+    d = a - b
+    minus_b = d - a
+    return d, (a - (d - minus_b)) - (b + minus_b)
+
+
+@triton.jit
+def near_difference(reference, reference_lost, teacher, student, scale):
+    """d0, less the reference in units of the logits, whose class has exactly 0; 0 for a class that
+    is masked in both. The logits may differ by a constant much larger than what is left: what the
+    differences lose is carried along."""
+    d, lost = difference(teacher, student)
+    d = tl.where(tl.abs(d) < INF, (d - reference) + (lost - reference_lost), d) * scale
     return tl.where((teacher == -INF) & (student == -INF), 0.0, d)
 
 
 @triton.jit
 def near_reference(state):
     """The difference of the teacher's largest class."""
-    return state[6]
+    return difference(state[0], state[6])
 
 
 @triton.jit
 def kl_change(state, t_exp, teacher, student, scale):
     """sum e expm1(-(d0 - reference)) of a tile, e the teacher's exponentials."""
-    u = near_difference(near_reference(state), teacher, student, scale)
+    reference, lost = near_reference(state)
+    u = near_difference(reference, lost, teacher, student, scale)
     return row_sum(t_exp * (expm1_plus(u) - u))
 
 
@@ -162,7 +170,8 @@ def kl_end(state, change, scale):
     excess = tl.where(more, (s_rest - t_rest) * t_inverse, (t_rest - s_rest) * s_inverse)
     shift = log1p_float32(tl.where(near, change * t_inverse, excess))
     shift = tl.where(near | more, shift, -shift)
-    return t_max, t_inverse, s_max, s_inverse, near, near_reference(state), shift
+    reference, lost = near_reference(state)
+    return t_max, t_inverse, s_max, s_inverse, near, reference, lost, shift
 
 
 @triton.jit
@@ -175,12 +184,13 @@ def kl_terms(row, teacher, student, scale):
 
 @triton.jit
 def kl_terms_of(row, t_exp, s_exp, teacher, student, scale):
-    t_max, t_inverse, s_max, s_inverse, near, reference, shift = row
+    t_max, t_inverse, s_max, s_inverse, near, reference, lost, shift = row
     p, q = t_exp * t_inverse, s_exp * s_inverse
     # Less the maxima where the row is not near: then what is rounded is small.
     rest_t = teacher - tl.where(near, 0.0, t_max)
     rest_s = student - tl.where(near, 0.0, s_max)
-    d = near_difference(tl.where(near, reference, 0.0), rest_t, rest_s, scale) + shift
+    reference, lost = tl.where(near, reference, 0.0), tl.where(near, lost, 0.0)
+    d = near_difference(reference, lost, rest_t, rest_s, scale) + shift
     plus = expm1_plus(d)
     close = near | (tl.abs(d) < 1)  # beyond, q - p + p d loses a few bits at most
     change = tl.where(close, p * (plus - d), q - p)

@@ -91,7 +91,11 @@ def kd_loss(
     divisor = None
     if torch.float16 in (student_logits.dtype, teacher_logits.dtype) and any(wanted):
         # A gradient divided by the number of rows is too small for float16; a loss scale comes
-        # only afterwards.
+        # only afterwards. Weights of any size mean the same: those up to 1 fit.
+        if reduction == "mean" and weight is not None and weight.numel():
+            weight = weight.double()
+            largest = weight.abs().max()
+            weight = weight / torch.where(largest == 0, 1, largest)
         divisor = _divisor(reduction, weight, student_logits)
     options = (
         temperature,

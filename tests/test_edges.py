@@ -420,6 +420,20 @@ def test_half_precision_gives_a_float32_loss(on, dtype):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_of_any_size_in_a_mean_of_halves(on, size, dtype):
+    """A mean does not depend on it; a gradient before the division would."""
+    s, t = randn(40, 9, seed=33).half(), randn(40, 9, seed=34).half()
+    weight = torch.linspace(0, size, 40).clamp(max=6e4).to(dtype)
+    expected, grad, _ = kd_oracle(s, t, weight=weight)
+    x = on.leaf(s)
+    loss = on.kd_loss(x, t.to(on.device), weight=weight.to(on.device))
+    (256 * loss).backward()
+    assert_loss(loss, expected, torch.float16, kd=True)
+    assert_kd_grad(x.grad, 256 * grad, torch.float16, 2)
+
+
 def kd_grad(s, t, **options):
     s = s.clone().requires_grad_()
     kd.kd_loss(s, t, backend="cpp", **options).backward()

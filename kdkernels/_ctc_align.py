@@ -74,7 +74,7 @@ def _arguments(op, logits, targets, input_lengths, target_lengths, blank, batch_
     logits, *tensors, blank = _checks.ctc(
         op, logits, targets, input_lengths, target_lengths, blank, batch_first
     )
-    if not torch.compiler.is_compiling():
+    if not _op.is_traced(logits):
         T, _, C = logits.shape
         _checks.ctc_values(op, T, C, *tensors, blank)
     if not logits.is_cpu:
@@ -83,7 +83,7 @@ def _arguments(op, logits, targets, input_lengths, target_lengths, blank, batch_
 
 
 def _run(op, arguments, backend):
-    if torch.compiler.is_compiling():
+    if _op.is_traced(arguments[0]):
         return getattr(torch.ops.kdkernels, op)(*arguments, backend)
     return backends.select(op, arguments[0].device.type, backend)(*arguments)
 

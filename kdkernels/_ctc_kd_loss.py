@@ -129,7 +129,7 @@ def ctc_kd_loss(
             frame_weight = frame_weight.t()
     if labelled is not None:
         labelled = _labelled(op, labelled, N, single)
-    if not torch.compiler.is_compiling():
+    if not _op.is_traced(student_logits, teacher_logits):
         _check_values(student_logits, None, *tensors, labelled, None, blank)
     if not student_logits.is_cpu:
         tensors = _checks.to_device(device, *tensors)
@@ -144,7 +144,9 @@ def ctc_kd_loss(
     ):
         # A gradient divided by the number of frames is too small for float16; a loss scale comes
         # only afterwards. No larger than this: there may be few frames or utterances that count.
-        scale = min(2.0 ** (N * T).bit_length(), 4096.0)
+        # Comparisons, because torch.compile would compile again for every N·T that is counted.
+        while scale < 4096 and scale <= N * T:
+            scale *= 2
     options = (
         blank,
         reduction,

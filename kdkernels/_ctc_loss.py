@@ -73,7 +73,7 @@ def ctc_loss(
         op, logits, targets, input_lengths, target_lengths, blank, batch_first
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    if not torch.compiler.is_compiling():
+    if not _op.is_traced(logits):
         _check_values(logits, *tensors, blank)
     if not logits.is_cpu:
         tensors = _checks.to_device(logits.device, *tensors)

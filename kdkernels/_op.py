@@ -20,7 +20,7 @@ def call(op, tensors, options, wanted, backend):
     `tensors` begins with the logits, one for each flag of `wanted`, which says what gradients to
     make.
     """
-    if torch.compiler.is_compiling():
+    if is_traced(*tensors[: len(wanted)]):
         outputs = getattr(torch.ops.kdkernels, op)(*tensors, *options, *wanted, backend)
         return outputs[: -len(wanted)]
     if torch.jit.is_tracing():  # it would keep the numbers of this call
@@ -35,6 +35,21 @@ def call(op, tensors, options, wanted, backend):
 
 def wants_grad(x):
     return x.requires_grad and torch.is_grad_enabled()
+
+
+_PLAIN = torch.Tensor.__torch_dispatch__
+
+
+def is_traced(*logits):
+    """Whether torch must see an operator and not memory, which there may not be: torch.compile, a
+    mode that looks at operators (FakeTensorMode, make_fx), tensors that stand for others
+    (DTensor)."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    stands_for_others = False
+    for x in logits:  # any() takes five times as long
+        stands_for_others |= type(x).__torch_dispatch__ is not _PLAIN
+    return stands_for_others
 
 
 class _Call(NamedTuple):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import problem, randn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
@@ -83,6 +85,44 @@ def test_dynamic_shapes(on, op):
             result = gradients(compiled, arguments)
         assert_same(result, gradients(functions[op], arguments))
         stance = "fail_on_recompile"
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "ctc_loss", "ctc_kd_loss"])
+def test_dynamic_shapes_of_halves(on, op):
+    """Their means are scaled by the size of the batch, of which only the range is looked at."""
+    _, functions = cases(on)
+    compiled = torch.compile(functions[op], fullgraph=True, dynamic=True, backend="aot_eager")
+    stance = "default"
+    for seed, T in enumerate((24, 25, 30)):
+        arguments, _ = cases(on, T, seed=seed, dtype=torch.float16)
+        with torch.compiler.set_stance(stance):
+            gradients(compiled, arguments)
+        stance = "fail_on_recompile"
+
+
+def test_fake_tensors(on):
+    """They have no memory: the operator's fake kernel answers."""
+    (x, y, *rest), _ = cases(on)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        s, t = (mode.from_tensor(v.detach()).requires_grad_() for v in (x, y))
+        for loss in (
+            on.kd_loss(s, t),
+            on.ctc_loss(s, *rest),
+            on.ctc_kd_loss(s, t, *rest).loss,
+        ):
+            assert isinstance(loss, FakeTensor)
+            (grad,) = torch.autograd.grad(loss, s)
+            assert (grad.shape, grad.stride()) == (x.shape, x.stride())
+        paths, scores = on.ctc_align(s, *rest)
+        assert paths.shape == (x.shape[1], x.shape[0])
+        assert scores.shape == (x.shape[1],)
+        assert on.ctc_posteriors(s, *rest).shape == x.shape
+
+
+def test_make_fx_sees_one_operator(on):
+    (x, y, *_), _ = cases(on)
+    graph = make_fx(lambda s: on.kd_loss(s, y.detach()))(x.detach()).graph
+    assert torch.ops.kdkernels.kd_loss.default in [node.target for node in graph.nodes]
 
 
 @pytest.mark.parametrize("layout", ["batch_first", "one", "strided"])

@@ -29,7 +29,7 @@ def call(op, tensors, options, wanted, backend):
         )
     call = _Call(op, *backends.select_loss(op, tensors[0].device.type, backend), options, wanted)
     if True in wanted:
-        return _Fused.apply(call, *tensors)
+        return _Fused.apply(call, *map(_savable, tensors))
     return call.function(*tensors, *options, *wanted)[: -len(wanted)]
 
 
@@ -50,6 +50,13 @@ def is_traced(*logits):
     for x in logits:  # any() takes five times as long
         stands_for_others |= type(x).__torch_dispatch__ is not _PLAIN
     return stands_for_others
+
+
+def _savable(x):
+    """`x` as autograd saves it, which refuses what was made in inference mode: the same memory."""
+    if x is None or not x.is_inference():
+        return x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 class _Call(NamedTuple):

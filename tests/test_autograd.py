@@ -155,6 +155,27 @@ def test_without_grad(on, op):
 
 
 @pytest.mark.parametrize("op", ["kd_loss", "ctc_kd_loss"])
+def test_teacher_of_inference_mode(on, op):
+    """torch.inference_mode is how teachers are run; autograd saves nothing that it made."""
+    (x, y), loss = losses(on, op)
+    expected = torch.autograd.grad(loss(x, y.detach()), x)
+    with torch.inference_mode():
+        teacher = y * 1
+    value = loss(x, teacher)
+    for _ in range(2):  # the second time it is read again
+        assert torch.equal(*torch.autograd.grad(value, x, retain_graph=True), *expected)
+
+
+def test_targets_and_lengths_of_inference_mode(on):
+    p = problem(seed=18).to(on.device, torch.float32)
+    x = on.leaf(p.logits)
+    (expected,) = torch.autograd.grad(on.ctc_loss(x, *p.rest), x)
+    with torch.inference_mode():
+        rest = [y + 0 for y in p.rest]
+    assert torch.equal(torch.autograd.grad(on.ctc_loss(x, *rest), x)[0], expected)
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "ctc_kd_loss"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_needs_a_gradient(on, op, which):
     leaves, loss = losses(on, op)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import backends
 
@@ -28,7 +29,7 @@ def call(op, tensors, options, wanted, backend):
             f"{op}: cannot be traced by torch.jit; use torch.compile or torch.export"
         )
     call = _Call(op, *backends.select_loss(op, tensors[0].device.type, backend), options, wanted)
-    if True in wanted:
+    if True in wanted or forward_ad._current_level >= 0:  # of which it says that it has none
         return _Fused.apply(call, *map(_savable, tensors))
     return call.function(*tensors, *options, *wanted)[: -len(wanted)]
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import ctc_oracle, kd_oracle, problem, randn, strided
 from tolerances import assert_ctc_grad, assert_kd_grad
+from torch.autograd import forward_ad
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss")
 EVERY_OP = pytest.mark.parametrize("op", OPS)
@@ -164,6 +165,19 @@ def test_teacher_of_inference_mode(on, op):
     value = loss(x, teacher)
     for _ in range(2):  # the second time it is read again
         assert torch.equal(*torch.autograd.grad(value, x, retain_graph=True), *expected)
+
+
+@EVERY_OP
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, on entering
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_an_error(on, op, requires_grad):
+    """Not a loss without a tangent."""
+    leaves, loss = losses(on, op)
+    with forward_ad.dual_level():
+        x = leaves[0].detach().requires_grad_(requires_grad)
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            loss(dual, *leaves[1:])
 
 
 def test_targets_and_lengths_of_inference_mode(on):

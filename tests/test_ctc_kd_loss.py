@@ -129,6 +129,19 @@ def test_frame_weight(on, reduction, dtype):
     check(on, p, teacher, frame_weight=weight.to(dtype), reduction=reduction)
 
 
+def test_frame_weights_that_add_up_to_zero(on):
+    """A mean of 0 for the divergence, as of kd_loss, and no gradient."""
+    p = problem(seed=3).to(on.device, torch.float32)
+    teacher = randn(*p.logits.shape, seed=4).to(on.device, torch.float32)
+    x = on.leaf(p.logits)
+    weight = torch.zeros(p.logits.shape[:2], device=on.device)
+    weight[0], weight[1] = 1, -1
+    terms = on.ctc_kd_loss(x, teacher, *p.rest, frame_weight=weight, kd_weight=1.0)
+    terms.loss.backward()
+    assert terms.loss == terms.kd == 0
+    assert not x.grad.any()
+
+
 def test_frames_of_weight_zero_do_not_read_the_teacher(on):
     p = problem(seed=13, full=True)
     weight = torch.ones(p.logits.shape[:2])

@@ -166,7 +166,8 @@ void ctc_loss_forward(int64_t T, int64_t N, int64_t C, int64_t S, const void* lo
       for (int64_t t = 0; p.frame_weight && t < input_lengths[n]; t++) frames += p.weight(t, n);
     }
     const double ctc_divisor = mean ? std::max(utterances, 1.0) : 1.0;
-    const double kd_divisor = mean && frames != 0 ? frames : 1.0;
+    // Of weights that add up to 0 the mean is 0.
+    const double kd_divisor = !mean ? 1.0 : frames != 0 ? frames : kInfinity;
     p.divide_by_length = mean;
     p.ctc_scale = ctc_weight / ctc_divisor;
     p.kd_scale = kd_weight / kd_divisor;

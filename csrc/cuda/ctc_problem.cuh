@@ -119,7 +119,8 @@ struct CTCProblem {
     return reduction == Reduction::mean && totals[0] > 1 ? totals[0] : 1.0;
   }
   KDKERNELS_DEVICE double kd_divisor() const {
-    return reduction == Reduction::mean && totals[1] != 0 ? totals[1] : 1.0;
+    if (reduction != Reduction::mean) return 1;
+    return totals[1] != 0 ? totals[1] : double(kInfinity);  // weights that add up to 0: a mean of 0
   }
   // d(returned loss) / d(loss of n).
   KDKERNELS_DEVICE double ctc_scale(const Utterance& u, int64_t n) const {

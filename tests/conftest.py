@@ -36,6 +36,7 @@ if INTERPRETED:
     interpreter.prepare()
 
 torch.use_deterministic_algorithms(True)  # besides: torch.empty is NaN
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a GPU's matmul is an error then
 os.environ.pop("KDKERNELS_BACKEND", None)
 
 hypothesis.settings.register_profile(

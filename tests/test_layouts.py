@@ -69,7 +69,7 @@ def test_negated_view(on):
 
 
 def test_default_device_is_not_looked_at(on):
-    x = torch.randn(5, 2, 4)
+    x = torch.randn(5, 2, 4).to(on.device)
     targets, lengths = torch.tensor([[1], [2]]), ([5, 5], [1, 1])
     expected = on.kd_loss(x, x + 1), on.ctc_loss(x, targets, *lengths)
     with torch.device("meta"):

@@ -209,13 +209,22 @@ def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled
         raise bad_value(op, "targets", expected, wrong[0].item())
 
 
+def arrive(op, logits, targets, input_lengths, target_lengths, blank, labelled=None):
+    """Targets and lengths on the device of the logits; their values are checked where they are at
+    hand. torch.compile knows no values: there it happens in the operator, as it runs."""
+    tensors = targets, input_lengths, target_lengths
+    T, _, C = logits.shape
+    ctc_values(op, T, C, *tensors, blank, labelled)
+    return tensors if logits.is_cpu else to_device(logits.device, *tensors)
+
+
 def to_device(device, targets, input_lengths, target_lengths):
     """Targets and lengths on the device of the logits, which is not the CPU.
 
     Concatenated targets whose lengths are at hand are padded: of others a kernel knows no better
     than that one utterance may have all the labels.
     """
-    if targets.dim() == 1 and target_lengths.is_cpu and not torch.compiler.is_compiling():
+    if targets.dim() == 1 and target_lengths.is_cpu:
         ends = target_lengths.cumsum(0)
         longest = int(target_lengths.max()) if len(ends) else 0
         at = (ends - target_lengths).unsqueeze(1) + _steps(longest)

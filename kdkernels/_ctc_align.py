@@ -75,10 +75,7 @@ def _arguments(op, logits, targets, input_lengths, target_lengths, blank, batch_
         op, logits, targets, input_lengths, target_lengths, blank, batch_first
     )
     if not _op.is_traced(logits):
-        T, _, C = logits.shape
-        _checks.ctc_values(op, T, C, *tensors, blank)
-    if not logits.is_cpu:
-        tensors = _checks.to_device(logits.device, *tensors)
+        tensors = _checks.arrive(op, logits, *tensors, blank)
     return single, (logits, *tensors, blank)
 
 
@@ -89,15 +86,15 @@ def _run(op, arguments, backend):
 
 
 def _define(op, outputs, fake):
-    def check(logits, targets, input_lengths, target_lengths, blank):
-        T, _, C = logits.shape
-        _checks.ctc_values(op, T, C, targets, input_lengths, target_lengths, blank)
+    def arrive(logits, targets, input_lengths, target_lengths, blank):
+        tensors = targets, input_lengths, target_lengths
+        return logits, *_checks.arrive(op, logits, *tensors, blank), blank
 
     schema = (
         "(Tensor logits, Tensor targets, Tensor input_lengths, Tensor target_lengths, "
         f"SymInt blank, str? backend) -> {outputs}"
     )
-    _op.define_plain(op, schema, fake, check)
+    _op.define_plain(op, schema, fake, arrive)
 
 
 def _dtype(logits):

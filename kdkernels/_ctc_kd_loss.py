@@ -129,12 +129,6 @@ def ctc_kd_loss(
             frame_weight = frame_weight.t()
     if labelled is not None:
         labelled = _labelled(op, labelled, N, single)
-    if not _op.is_traced(student_logits, teacher_logits):
-        _check_values(student_logits, None, *tensors, labelled, None, blank)
-    if not student_logits.is_cpu:
-        tensors = _checks.to_device(device, *tensors)
-        labelled = labelled if labelled is None else labelled.to(device, non_blocking=True)
-
     wanted = (_op.wants_grad(student_logits), _op.wants_grad(teacher_logits))
     scale = 1.0
     if (
@@ -160,6 +154,8 @@ def ctc_kd_loss(
         _checks.flag(op, "rescale", rescale),
     )
     arguments = (student_logits, teacher_logits, *tensors, labelled, frame_weight)
+    if not _op.is_traced(student_logits, teacher_logits):
+        arguments = _arrive(*arguments, blank)[:-1]
     terms = _op.call(op, arguments, options, wanted, backend)
     if single and reduction == "none":
         terms = [x.squeeze(0) for x in terms]
@@ -179,11 +175,15 @@ def _labelled(op, labelled, N, single):
     return labelled
 
 
-def _check_values(
-    student, teacher, targets, input_lengths, target_lengths, labelled, frame_weight, blank, *_
-):
-    T, _, C = student.shape
-    _checks.ctc_values("ctc_kd_loss", T, C, targets, input_lengths, target_lengths, blank, labelled)
+def _arrive(
+    student, teacher, targets, input_lengths, target_lengths, labelled, frame_weight, blank,
+    *options,
+):  # fmt: skip
+    tensors = targets, input_lengths, target_lengths
+    tensors = _checks.arrive("ctc_kd_loss", student, *tensors, blank, labelled)
+    if labelled is not None:
+        labelled = labelled.to(student.device, non_blocking=True)
+    return student, teacher, *tensors, labelled, frame_weight, blank, *options
 
 
 def _fake_losses(student_logits, teacher_logits, *args):
@@ -202,6 +202,6 @@ _op.define(
     "float teacher_temperature, str divergence, float beta, bool rescale, bool student_grad, "
     "bool teacher_grad, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_losses,
-    check=_check_values,
+    arrive=_arrive,
     n_logits=2,
 )

@@ -74,9 +74,7 @@ def ctc_loss(
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
     if not _op.is_traced(logits):
-        _check_values(logits, *tensors, blank)
-    if not logits.is_cpu:
-        tensors = _checks.to_device(logits.device, *tensors)
+        logits, *tensors, blank = _arrive(logits, *tensors, blank)
 
     wanted = (_op.wants_grad(logits),)
     # A gradient divided by N·S is too small for float16; a loss scale comes only afterwards.
@@ -88,13 +86,14 @@ def ctc_loss(
     )
     (loss,) = _op.call(op, (logits, *tensors), options, wanted, backend)
     if late:
-        return (loss / tensors[2].clamp(min=1)).sum() / max(loss.shape[0], 1)
+        labels = tensors[2].to(loss.device, non_blocking=True)
+        return (loss / labels.clamp(min=1)).sum() / max(loss.shape[0], 1)
     return loss.squeeze(0) if single and reduction == "none" else loss
 
 
-def _check_values(logits, targets, input_lengths, target_lengths, blank, *_):
-    T, _, C = logits.shape
-    _checks.ctc_values("ctc_loss", T, C, targets, input_lengths, target_lengths, blank)
+def _arrive(logits, targets, input_lengths, target_lengths, blank, *options):
+    tensors = targets, input_lengths, target_lengths
+    return logits, *_checks.arrive("ctc_loss", logits, *tensors, blank), blank, *options
 
 
 def _fake_losses(logits, targets, input_lengths, target_lengths, blank, reduction, *_):
@@ -107,5 +106,5 @@ _op.define(
     "(Tensor logits, Tensor targets, Tensor input_lengths, Tensor target_lengths, SymInt blank, "
     "str reduction, bool zero_infinity, bool grad, str? backend) -> (Tensor, Tensor)",
     _fake_losses,
-    check=_check_values,
+    arrive=_arrive,
 )

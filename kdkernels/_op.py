@@ -124,33 +124,33 @@ def _second_derivative(op):
 # ------------------------------------------------------------------------------------ torch.compile
 
 
-def define_plain(op, schema, fake, check):
+def define_plain(op, schema, fake, arrive):
     """Register `kdkernels::op`, an operator without a derivative."""
 
     def body(*args):
         *args, backend = args
-        check(*args)
-        return backends.select(op, args[0].device.type, backend)(*args)
+        return backends.select(op, args[0].device.type, backend)(*arrive(*args))
 
     torch.library.custom_op(f"kdkernels::{op}", body, mutates_args=(), schema=schema).register_fake(
         fake
     )
 
 
-def define(op, schema, fake_losses, *, check=None, n_logits=1):
+def define(op, schema, fake_losses, *, arrive=None, n_logits=1):
     """Register `kdkernels::op`, the same body as in eager mode, with its fake kernel and its
     derivative.
 
-    The schema is that of the backend's function with `backend` after it. `fake_losses(*args)`
-    gives empty losses; gradients, one for each of the first `n_logits` arguments, have the layout
-    of their logits, and no element where they are not asked for.
+    The schema is that of the backend's function with `backend` after it. `arrive(*args)` gives the
+    arguments, checked and on one device, `fake_losses(*args)` empty losses; gradients, one for each
+    of the first `n_logits` arguments, have the layout of their logits, and no element where they
+    are not asked for.
     """
     n_losses = schema.split("->")[1].count("Tensor") - n_logits
 
     def body(*args):
         *args, backend = args
-        if check is not None:
-            check(*args)
+        if arrive is not None:
+            args = arrive(*args)
         outputs = backends.select(op, args[0].device.type, backend)(*args)
         grads = outputs[n_losses:]
         return (*outputs[:n_losses], *(_laid_out(g, x) for g, x in zip(grads, args, strict=False)))

@@ -4,9 +4,9 @@
 
 Builds the extension where it is missing, runs the tests of the device, runs compute-sanitizer over
 some of them where it is installed, and measures the rows below: CUDA events, caches emptied before
-every step, medians. Writes one JSON file and a table beside it, after every row; steps and rows
-that were not asked for keep what the file says of them, so that a machine lent for minutes can do
-them one by one. A command that outlasts the limit is stopped, and said to be.
+every step, medians. Writes one JSON file, and a table and logs beside it, after every row; steps
+and rows that were not asked for keep what the file says of them, so that a machine lent for minutes
+can do them one by one. What outlasts the limit is stopped, and said to be.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import threading
 import traceback
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, time
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,11 @@ BUILT = ROOT / "build" / "gpu-sources"
 STEPS = ("build", "test", "sanitize", "measure")
 BACKENDS = ("cuda", "triton")
 CHECKS = ("memcheck", "racecheck")
+DEVICE = "cuda"
+FLUSH = 1 << 30  # bytes: several times the caches
+
+# A Python that starts again, after the build, goes on with the time of the one before.
+STARTED = float(os.environ.setdefault("KDKERNELS_GPU_STARTED", str(time())))
 
 
 class Row(NamedTuple):
@@ -85,12 +90,16 @@ ROWS += [
 TIMED_OUT = 124
 
 
-def run(command, limit, **environment):
-    """Exit status and last lines of a command, whose output is shown as well."""
+def seconds_left(args):
+    return max(1.0, STARTED + args.limit - time())
+
+
+def run(command, limit, log, **environment):
+    """Exit status and last lines of a command, whose output is shown and kept in `log` as well."""
     print("$", *command, flush=True)
     process = subprocess.Popen(
         [str(x) for x in command], cwd=ROOT, env={**os.environ, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     late = threading.Event()
 
@@ -101,12 +110,18 @@ def run(command, limit, **environment):
     timer = threading.Timer(limit, stop)
     timer.start()
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
+    with process.stdout, open(log, "w", buffering=1) as file:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            lines.append(line.rstrip())
     status = process.wait()
     timer.cancel()
     return outcome(TIMED_OUT if late.is_set() else status, lines[-25:])
+
+
+def log_of(args, name):
+    return args.json.parent / f"{name}.log"
 
 
 def outcome(status, lines):
@@ -139,7 +154,7 @@ def build(args):
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v"]
     pip += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}", "-e", "."]
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    built = run(pip, args.limit, CUDACXX=nvcc)
+    built = run(pip, seconds_left(args), log_of(args, "build"), CUDACXX=nvcc)
     if not built["status"] and not has_kernels():
         return outcome(1, ["built, but without the GPU's kernels: is nvcc 12 or newer there?"])
     if not built["status"]:
@@ -160,6 +175,8 @@ def operator_tests():
 def pytest(*arguments):
     """Warnings are not errors here: torch is the machine's, not the pinned one."""
     plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
+    if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs costs one test
+        plugins += ["--timeout", "300"]
     return [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
 
 
@@ -169,7 +186,8 @@ def test(args):
     workers = []
     if importlib.util.find_spec("xdist"):
         workers = ["-n", str(min(8, os.cpu_count()))]
-    return run(pytest(*workers, *operator_tests(), "-k", places), args.limit)
+    command = pytest(*workers, *operator_tests(), "-k", places)
+    return run(command, seconds_left(args), log_of(args, "test"))
 
 
 def sanitize(args):
@@ -181,11 +199,14 @@ def sanitize(args):
         return outcome(None, ["compute-sanitizer is not installed"])
     tests = pytest("-x", ROOT / "tests" / "test_edges.py", "-k", "cuda-cuda")
     results = {}
-    for check in args.check:
+    for left, check in zip(range(len(args.check), 0, -1), args.check, strict=True):
         command = [tool, "--tool", check, "--error-exitcode", 9, "--target-processes", "all"]
+        if check == "memcheck":  # torch asks for things that it bears not to get
+            command += ["--report-api-errors", "no"]
         results[check] = run(
-            [*command, *tests], args.limit / len(args.check), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
+            [*command, *tests], seconds_left(args) / left, log_of(args, check),
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
     return {"status": max(abs(x["status"]) for x in results.values()), **results}
 
 
@@ -197,7 +218,7 @@ class Timer:
 
     def __init__(self, rounds):
         self.rounds = rounds
-        self.flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        self.flush = torch.zeros(FLUSH // 4, device=DEVICE)
 
     def __call__(self, step):
         for _ in range(3):  # compiles
@@ -206,6 +227,7 @@ class Timer:
         for _ in range(self.rounds):
             for _ in range(2):  # takes longer than the host needs to launch the step
                 self.flush.zero_()
+            self.flush.sum()  # or writing the zeros back would be part of the step
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             step()
@@ -230,25 +252,26 @@ class Timer:
 
 def copy_bandwidth(timer):
     """Bytes read and written per second."""
-    source = torch.ones(1 << 28, device="cuda")
+    source = torch.ones(FLUSH // 4, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timer(lambda: target.copy_(source))
 
 
-def kernel_seconds(step, word):
-    """Device seconds of the kernels whose name contains `word`, in one step."""
+def kernel_seconds(step, words, steps=10):
+    """Device seconds of the kernels whose names contain one of the words, in one step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize()
-    return sum(e.device_time_total for e in profiled.key_averages() if word in e.key) / 1e6
+    events = profiled.key_averages()
+    found = (e.device_time_total for e in events if any(word in e.key for word in words))
+    return sum(found) / 1e6 / steps
 
 
 def liger_step(inputs, temperature):
-    """log_softmax and Liger's KL, or None where liger-kernel is not installed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
+    """log_softmax and Liger's KL."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     loss = LigerKLDIVLoss(reduction="batchmean")
@@ -268,14 +291,22 @@ def measure_row(row, timer, bandwidth, names):
     torch.compiler.reset()  # what was compiled for other shapes counts against a limit
     dtype = getattr(torch, row.dtype)
     shape = Shape(row.op, row.T, row.N, row.C, row.S)
-    inputs = c.make_inputs(shape, dtype, "cuda")
-    time = timer.host if row.host else timer
-    steps = {"eager": c.step_of(c.EAGER[row.op], inputs)}
+    inputs = c.make_inputs(shape, dtype, DEVICE)
+    seconds, failed = {}, {}
+
+    def measured(name, make):
+        """A contender that fails costs its own figures alone."""
+        try:
+            return (timer.host if row.host else timer)(make())
+        except Exception:
+            failed[name] = traceback.format_exc()[-2000:]
+
+    eager = c.EAGER[row.op]
+    rivals = {"eager": lambda: c.step_of(eager, inputs)}
     if row.op == "kd_loss":
-        steps["compile"] = c.step_of(torch.compile(c.EAGER[row.op], dynamic=False), inputs)
-        if liger := liger_step(inputs, c.TEMPERATURE):
-            steps["liger"] = liger
-    seconds = {name: time(step) for name, step in steps.items()}
+        rivals["compile"] = lambda: c.step_of(torch.compile(eager, dynamic=False), inputs)
+        if importlib.util.find_spec("liger_kernel") is not None:
+            rivals["liger"] = lambda: liger_step(inputs, c.TEMPERATURE)
     result = {"op": row.op, "shape": row.label, "seconds": seconds, "floors": row.floors}
     for backend in names:
 
@@ -283,20 +314,29 @@ def measure_row(row, timer, bandwidth, names):
             return c.step_of(lambda i, x: of(i, x, backend=backend), inputs)
 
         step = loss(c.OURS[row.op])
-        seconds[backend] = time(step)
-        figures = {name: seconds[name] / seconds[backend] for name in steps}
+        own = measured(backend, lambda step=step: step)
+        if own is None:
+            continue
+        seconds[backend], figures = own, {}
         if row.op == "ctc_kd_loss":
-            figures["separate"] = time(loss(c.separate_ctc_kd)) / seconds[backend]
+            separate = measured(f"separate {backend}", lambda loss=loss: loss(c.separate_ctc_kd))
+            if separate is not None:
+                figures["separate"] = separate / own
         if row.passes:
-            moved = row.passes * inputs.student.nbytes
-            figures["of_copy"] = moved / seconds[backend] / bandwidth
+            figures["of_copy"] = row.passes * inputs.student.nbytes / own / bandwidth
         if "ns_a_frame" in row.floors:
             words = ("recursion_kernel",) if backend == "cuda" else ("ctc_first", "ctc_second")
-            total = sum(kernel_seconds(step, word) for word in words)
+            total = kernel_seconds(step, words)
             if total > 0:  # else the profiler saw nothing
                 figures["ns_a_frame"] = total / row.T * 1e9
         result[backend] = figures
-    return result
+    for name, make in rivals.items():
+        if (theirs := measured(name, make)) is not None:
+            seconds[name] = theirs
+            for backend in names:
+                if backend in result:
+                    result[backend][name] = theirs / seconds[backend]
+    return result | ({"failed": failed} if failed else {})
 
 
 def measure(args, before, save):
@@ -306,11 +346,10 @@ def measure(args, before, save):
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows = {r["op"] + r["shape"]: r for r in before.get("rows", [])}
     result = {"status": 0, "copy_bytes_per_second": bandwidth}
-    start = perf_counter()
     for row in ROWS:
-        if args.row and args.row not in f"{row.op} {row.label}":
+        if args.row and not (row.op.startswith(args.row) or args.row in row.label):
             continue
-        if perf_counter() - start > args.limit:
+        if time() > STARTED + args.limit:
             result["status"] = TIMED_OUT
             break
         try:
@@ -320,7 +359,8 @@ def measure(args, before, save):
             found = {"op": row.op, "shape": row.label, "error": traceback.format_exc()[-2000:]}
         print(json.dumps(found), flush=True)
         old = rows.get(row.op + row.label, {})  # of the other backend, perhaps
-        old.pop("error", None)
+        old = {k: v for k, v in old.items() if k not in ("error", "failed")}
+        result["status"] = result["status"] or int("failed" in found)
         seconds = {**old.get("seconds", {}), **found.get("seconds", {})}
         rows[row.op + row.label] = {**old, **found, "seconds": seconds}
         save({**result, "rows": list(rows.values())})
@@ -379,11 +419,13 @@ def table(result):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
-    p.add_argument("--row", help="measure only rows whose operator and shape contain this")
+    p.add_argument(
+        "--row", help="measure only rows whose operator begins so, or whose shape contains it"
+    )
     p.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     p.add_argument("--check", nargs="+", choices=CHECKS, default=CHECKS, help="of the sanitizer")
     p.add_argument("--rounds", type=int, default=25)
-    p.add_argument("--limit", type=float, default=3600, help="seconds for a step's command")
+    p.add_argument("--limit", type=float, default=3600, help="seconds for all of it")
     p.add_argument("--commit", help="where the sources are no git checkout")
     p.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/gpu/gpu.json")
     args = p.parse_args()

@@ -109,7 +109,8 @@ def eager_kd(i: Inputs, x, reduction="batchmean"):
 
 
 def eager_ctc(i: Inputs, x, reduction="mean"):
-    log_p = F.log_softmax(x, -1)
+    # torch's CTC takes no half precision; its autocast makes float32 of it too
+    log_p = F.log_softmax(x, -1, dtype=torch.float32 if x.dtype.itemsize == 2 else None)
     return F.ctc_loss(log_p, i.targets, i.input_lengths, i.target_lengths, reduction=reduction)
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on the host: the very same csrc/cuda/*.cu, compiled as plain C++ against
 cuda_emulation.h, behind the very same kdkernels/backends/cuda.py, as a backend of the tests."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -22,8 +23,6 @@ _FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 
 def _build():
     """Compiles the extension once for these sources; its path."""
-    import pybind11
-
     sources = sorted((_ROOT / "csrc" / "cuda").glob("*.cu")) + sorted(_HERE.glob("*.cpp"))
     read = [*sources, *(_ROOT / "csrc" / "cuda").glob("*.cuh"), *_HERE.glob("*.h")]
     read += [_ROOT / "csrc" / "kdkernels.h", _ROOT / "python" / "bindings_cuda.h"]
@@ -31,9 +30,17 @@ def _build():
     key = hashlib.sha256(text + " ".join(_FLAGS).encode()).hexdigest()[:16]
     folder = _ROOT / "build" / f"cuda_emulation-{key}"
     extension = folder / f"kdkernels_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if extension.exists():
-        return extension
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that begin together one compiles
+        if not extension.exists():
+            _compile(sources, folder, extension)
+    return extension
+
+
+def _compile(sources, folder, extension):
+    import pybind11
+
     compiler = os.environ.get("CXX", "g++")
     include = [_ROOT / "csrc", _HERE, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*_FLAGS, *(f"-I{path}" for path in include)]
@@ -51,7 +58,6 @@ def _build():
     for path in objects:
         path.unlink()
     linked.rename(extension)  # whole or not at all
-    return extension
 
 
 def _load(name, path):

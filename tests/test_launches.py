@@ -72,8 +72,10 @@ def test_kernels_of_a_step(op, upstream, name, monkeypatch):
         ("missed barrier", "wait where others never come"),
         ("missed exchange", "wait where others never come"),
         ("two barriers", "at different barriers"),
-        ("no barrier", "without a barrier"),
-        ("warp barrier alone", "without a barrier"),
+        ("no barrier", "without a barrier|before it is written"),
+        ("warp barrier alone", "without a barrier|before it is written"),
+        ("overwritten", "without a barrier"),
+        ("written twice", "written without a barrier after another thread wrote it"),
     ],
 )
 def test_the_emulation_sees_misuse(what, message):

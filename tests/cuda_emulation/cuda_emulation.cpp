@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
@@ -123,6 +124,24 @@ void wait(Gate& gate, unsigned count) {
   self.gate = nullptr;
 }
 
+// Numbers below n, each once, in an order of its own every time.
+class AnyOrder {
+ public:
+  explicit AnyOrder(unsigned n) : n_(n) {
+    static uint32_t state = 1;
+    state = state * 1664525 + 1013904223;
+    at_ = state % n;
+    do {
+      state = state * 1664525 + 1013904223;
+      step_ = state % n;
+    } while (std::gcd(step_, n) != 1);
+  }
+  unsigned next() { return at_ = unsigned((uint64_t(at_) + step_) % n_); }
+
+ private:
+  unsigned n_, at_, step_;
+};
+
 unsigned warp_size(unsigned warp) { return std::min(32u, blockDim.x - 32 * warp); }
 
 void run_block() {
@@ -134,7 +153,9 @@ void run_block() {
   unsigned left = blockDim.x;
   while (left) {
     bool progress = false;
-    for (unsigned i = 0; i < blockDim.x; i++) {
+    AnyOrder order(blockDim.x);
+    for (unsigned k = 0; k < blockDim.x; k++) {
+      const unsigned i = order.next();
       Fiber& fiber = fibers[i];
       if (fiber.done || (fiber.gate && fiber.gate->generation == fiber.generation)) continue;
       threadIdx.x = i;
@@ -169,7 +190,9 @@ void launch(unsigned grid, unsigned block, const std::function<void()>& kernel) 
   error.clear();
   gridDim = {grid};
   blockDim = {block};
-  for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+  AnyOrder order(grid);
+  for (unsigned k = 0; k < grid; k++) {
+    blockIdx.x = order.next();
     run_block();
     if (!error.empty()) {
       throw std::runtime_error("emulation: block " + std::to_string(blockIdx.x) + ", thread " +
@@ -211,15 +234,42 @@ void fail(const std::string& message) { throw std::runtime_error(message); }
 int epoch_of_block() { return block_epoch; }
 int epoch_of_warp() { return warps[threadIdx.x / 32].epoch; }
 
-Written written_now() { return {block_number, threadIdx.x, epoch_of_block(), epoch_of_warp()}; }
+namespace {
 
-void check_read(const Written& written) {
-  if (written.block != block_number) fail("shared memory is read before it is written");
-  if (written.thread == threadIdx.x || written.block_epoch < epoch_of_block()) return;
-  const bool same_warp = written.thread / 32 == threadIdx.x / 32;
-  if (!same_warp || written.warp_epoch >= epoch_of_warp()) {
+// Whether another thread may be at it still.
+bool is_open(const Access& a) {
+  if (a.block != block_number || a.block_epoch < epoch_of_block()) return false;
+  if (a.thread == threadIdx.x) return false;
+  return a.warp != threadIdx.x / 32 || a.warp_epoch >= epoch_of_warp();
+}
+
+Access access_now() {
+  return {block_number, threadIdx.x, threadIdx.x / 32, epoch_of_block(), epoch_of_warp()};
+}
+
+}  // namespace
+
+void check_read(Accesses& accesses) {
+  if (accesses.written.block != block_number) fail("shared memory is read before it is written");
+  if (is_open(accesses.written)) {
     fail("shared memory is read without a barrier after another thread wrote it");
   }
+  Access now = access_now();
+  if (is_open(accesses.read)) {
+    now.thread = kSeveral;
+    if (accesses.read.warp != now.warp) now.warp = kSeveral;
+  }
+  accesses.read = now;
+}
+
+void check_write(Accesses& accesses) {
+  if (is_open(accesses.written)) {
+    fail("shared memory is written without a barrier after another thread wrote it");
+  }
+  if (is_open(accesses.read)) {
+    fail("shared memory is written without a barrier after another thread read it");
+  }
+  accesses.written = access_now();
 }
 
 }  // namespace emulation

@@ -1,7 +1,8 @@
 // CUDA on the host, for tests: what csrc/cuda/device.cuh takes from nvcc, in plain C++. Blocks run
-// one after the other; the threads of a block are fibers that change over at barriers, shuffles and
-// votes. Checked: every thread reaches the same barrier, shared memory is read within bounds, after
-// it was written, and not without a barrier after another thread wrote it.
+// one after the other, in any order; the threads of a block are fibers that change over at
+// barriers, shuffles and votes, in any order too. Checked: every thread reaches the same barrier;
+// shared memory is read within bounds, after it was written, and there is a barrier between what
+// two threads do with an element unless both read it. Exponentials are as inexact as a GPU's.
 
 #pragma once
 
@@ -38,13 +39,18 @@ extern uint64_t launches, block_number, exponentials;
 int epoch_of_block();
 int epoch_of_warp();
 
-struct Written {
+struct Access {
   uint64_t block = 0;
-  unsigned thread = 0;
+  unsigned thread = 0;  // of several, kSeveral and that of their warp, if it is one
+  unsigned warp = 0;
   int block_epoch = 0, warp_epoch = 0;
 };
-void check_read(const Written& written);
-Written written_now();
+constexpr unsigned kSeveral = ~0u;
+struct Accesses {
+  Access written, read;
+};
+void check_read(Accesses& accesses);
+void check_write(Accesses& accesses);
 
 template <class T, int n>
 class SharedArray {
@@ -53,12 +59,12 @@ class SharedArray {
    public:
     Element(SharedArray& array, int64_t i) : array_(array), i_(i) {}
     operator T() const {
-      check_read(array_.written_[i_]);
+      check_read(array_.accesses_[i_]);
       return array_.values_[i_];
     }
     T operator=(T x) {
+      check_write(array_.accesses_[i_]);
       array_.values_[i_] = x;
-      array_.written_[i_] = written_now();
       return x;
     }
     T operator=(const Element& x) { return *this = T(x); }
@@ -75,12 +81,23 @@ class SharedArray {
 
  private:
   T values_[n];
-  Written written_[n];
+  Accesses accesses_[n];
 };
 
+// With an error of up to 2^-22, as ex2.approx.ftz may have.
 inline float exp2_counted(float x) {
   exponentials++;
-  return exp2f(x);
+  const float exact = exp2f(x);
+  if (exact < 0x1p-126f) return 0;
+  if (x == 0 || exact > 0x1p126f) return exact;
+  uint32_t bits, noise;
+  std::memcpy(&noise, &x, 4);
+  noise = (noise ^ noise >> 15) * 0x2c1b3c6du;
+  std::memcpy(&bits, &exact, 4);
+  bits += (noise >> 13) % 5 - 2;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
 }
 
 }  // namespace emulation

@@ -9,7 +9,7 @@ void misuse(const std::string& what) {
     KDKERNELS_SHARED(int, x, 64);
     const int i = int(threadIdx.x);
     if (what == "unwritten") (void)int(x[i]);
-    if (what == "bounds") x[i + 1] = 0;
+    if (what == "bounds" && i == 63) x[i + 1] = 0;
     x[i] = i;
     if (what == "missed barrier" && i == 3) return;
     if (what == "missed exchange" && i == 40) return;
@@ -24,6 +24,11 @@ void misuse(const std::string& what) {
     if (what == "warp barrier alone") __syncwarp();
     if (what != "no barrier" && what != "warp barrier alone") __syncthreads();
     (void)int(x[i / 2]);
+    if (what == "overwritten") x[i / 2] = 0;
+    if (what == "written twice") {
+      __syncthreads();
+      x[i / 2] = 0;
+    }
   });
 }
 

@@ -261,6 +261,7 @@ struct Max {
 // power of two. All of a warp's lanes call the collective functions together.
 template <bool kBlock>
 struct Group {
+  static constexpr bool kWholeBlock = kBlock;
   int rank, size;
 
   KDKERNELS_DEVICE explicit Group(int lanes)
@@ -285,6 +286,8 @@ struct Group {
     if (!kBlock || size <= 32) return;
     KDKERNELS_SHARED(T, partial, 32 * n);
     const int lane = rank % 32, warps = size / 32;
+    int span = 1;  // lanes that take a warp's value each; the others do the same
+    while (span < warps) span *= 2;
     __syncthreads();  // until the last reduction has been read
     if (lane == 0) {
 #pragma unroll
@@ -293,9 +296,10 @@ struct Group {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < n; i++) {
-      x[i] = lane < warps ? T(partial[lane * n + i]) : Op::template identity<T>();
+      const int warp = lane % span;
+      x[i] = warp < warps ? T(partial[warp * n + i]) : Op::template identity<T>();
     }
-    for (int step = 16; step > 0; step /= 2) {
+    for (int step = span / 2; step > 0; step /= 2) {
 #pragma unroll
       for (int i = 0; i < n; i++) x[i] = Op::of(x[i], __shfl_xor_sync(~0u, x[i], step));
     }

@@ -72,7 +72,7 @@ def log1p_float32(z):
     bits = (z + 1.0).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = tl.where(exponent == 0, z, ((bits - (exponent << 23)).to(tl.float32, bitcast=True)) - 1.0)
-    r = f / (f + 2.0)
+    r = tl.div_rn(f, f + 2.0)  # rounded well: of a tiny z the logarithm is z
     square = r * r
     y = square * (2.0 / 11) + 2.0 / 9
     y = y * square + 2.0 / 7

@@ -1,9 +1,13 @@
-"""What ``cpp`` and ``cuda`` pass to their kernels in the same way: codes, addresses, options."""
+"""What the compiled backends pass to their kernels in the same way: codes, addresses, strides."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 DIVERGENCE = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
@@ -41,3 +45,26 @@ def gradient_of(logits: Tensor, device: torch.device | str | None = None) -> Ten
     if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
         return torch.empty(tuple(logits.shape), dtype=logits.dtype, device=gradient.device)
     return gradient
+
+
+def merged_dims(shape: tuple[int, ...], tensors: list[Tensor]) -> tuple[list[int], list[list[int]]]:
+    """Sizes of the leading dimensions `shape` and their strides in each tensor, neighbours merged
+    where they are one to all of them."""
+    if all(x.is_contiguous() for x in tensors):
+        rows = math.prod(shape)
+        return [rows], [[x.numel() // max(rows, 1)] for x in tensors]
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        here = [x.stride(dim) for x in tensors]
+        if sizes and all(s[-1] == n * size for s, n in zip(strides, here, strict=True)):
+            sizes[-1] *= size
+            for s, n in zip(strides, here, strict=True):
+                s[-1] = n
+        else:
+            sizes.append(size)
+            for s, n in zip(strides, here, strict=True):
+                s.append(n)
+    return sizes, strides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,15 +18,15 @@ from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
     DTYPE,
+    OPS,
     REDUCTION,
     address,
     dtype_code,
     float_dtype,
     frames,
     gradient_of,
+    merged_dims,
 )
-
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 
 # The instruction set: the best one that this machine has, or the one asked for (to try another).
 TARGET = os.environ.get("KDKERNELS_TARGET") or _C.best_target
@@ -49,33 +50,6 @@ def _gradient_of(logits: Tensor) -> Tensor:
         return gradient_of(logits)
     layout = gradient_of(logits, device="meta")
     return _memory.empty(tuple(layout.shape), layout.stride(), layout.dtype)
-
-
-def _row_layout(tensors: list[Tensor]) -> array:
-    """Sizes of the leading dimensions, then their strides in each tensor, merged where possible."""
-    for x in tensors:
-        if not x.is_contiguous():
-            break
-    else:
-        C = x.shape[-1]
-        return array("q", [x.numel() // C] + [C] * len(tensors))
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
-    for dim in range(tensors[0].dim() - 1):
-        size = tensors[0].shape[dim]
-        if size == 1:
-            continue
-        if sizes and all(
-            s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors, strict=True)
-        ):
-            sizes[-1] *= size
-            for s, x in zip(strides, tensors, strict=True):
-                s[-1] = x.stride(dim)
-        else:
-            sizes.append(size)
-            for s, x in zip(strides, tensors, strict=True):
-                s.append(x.stride(dim))
-    return array("q", sizes + [n for s in strides for n in s])
 
 
 def scale_grad_(grad: Tensor, grad_loss: Tensor) -> Tensor:
@@ -106,14 +80,16 @@ def kd_loss_forward(
         weight = weight.to(dtype).expand(shape).contiguous()
     grad_student = _gradient_of(student_logits) if student_grad else None
     grad_teacher = _gradient_of(teacher_logits) if teacher_grad else None
-    layout = _row_layout(
+    sizes, strides = merged_dims(
+        tuple(shape),
         [
             student_logits,
             teacher_logits,
             student_logits if grad_student is None else grad_student,
             teacher_logits if grad_teacher is None else grad_teacher,
-        ]
+        ],
     )
+    layout = array("q", chain(sizes, *strides))
     loss = student_logits.new_empty(shape if reduction == "none" else (), dtype=dtype)
     threads = torch.get_num_threads()
     size = _kernels.kd_loss_workspace(rows, C, dtype is torch.float64, threads)
@@ -122,7 +98,7 @@ def kd_loss_forward(
         rows,
         C,
         shape[0] if shape else 1,
-        len(layout) // 5,
+        len(sizes),
         layout.buffer_info()[0],
         student_logits.data_ptr(),
         DTYPE[student_logits.dtype],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
     DTYPE,
+    OPS,
     REDUCTION,
     address,
     dtype_code,
     float_dtype,
     frames,
     gradient_of,
+    merged_dims,
 )
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 DEVICE_TYPE = "cuda"
 
 _kernels = getattr(_C, "cuda", None)  # None: built without
@@ -53,35 +55,23 @@ def _place(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _row_layout(tensors: list[Tensor], shape: torch.Size) -> array:
-    """Sizes of the leading dimensions, then their strides in each tensor, merged where possible."""
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
-    for dim, size in enumerate(shape):
-        if size == 1:
-            continue
-        here = [x.stride(dim) for x in tensors]
-        if sizes and all(s[-1] == n * size for s, n in zip(strides, here, strict=True)):
-            sizes[-1] *= size
-            for s, n in zip(strides, here, strict=True):
-                s[-1] = n
-        else:
-            sizes.append(size)
-            for s, n in zip(strides, here, strict=True):
-                s.append(n)
+def _row_layout(shape: torch.Size, tensors: list[Tensor]) -> tuple[int, array]:
+    """The number of leading dimensions that are left when they are merged; their sizes, then their
+    strides in each tensor."""
+    sizes, strides = merged_dims(shape, tensors)
     if len(sizes) > _MOST_DIMS:
         raise NotImplementedError(f"logits of more than {_MOST_DIMS} dims that cannot be merged")
-    return array("q", sizes + [n for s in strides for n in s])
+    return len(sizes), array("q", chain(sizes, *strides))
 
 
 def scale_grad_(grad: Tensor, grad_loss: Tensor) -> Tensor:
     shape, C = grad.shape[:-1], grad.shape[-1]
     factor = grad_loss.expand(shape)
-    layout = _row_layout([grad, factor], shape)
+    dims, layout = _row_layout(shape, [grad, factor])
     _kernels.scale_grad(
         grad.numel() // C,
         C,
-        len(layout) // 3,
+        dims,
         layout.buffer_info()[0],
         grad.data_ptr(),
         DTYPE[grad.dtype],
@@ -111,7 +101,8 @@ def kd_loss_forward(
     dtype = float_dtype(student_logits, teacher_logits)
     grad_student = gradient_of(student_logits) if student_grad else None
     grad_teacher = gradient_of(teacher_logits) if teacher_grad else None
-    layout = _row_layout(
+    dims, layout = _row_layout(
+        student_logits.shape[:-1],
         [
             student_logits,
             teacher_logits,
@@ -119,7 +110,6 @@ def kd_loss_forward(
             teacher_logits if grad_teacher is None else grad_teacher,
             student_logits if weight is None else weight,
         ],
-        student_logits.shape[:-1],
     )
     loss = torch.empty(shape if reduction == "none" else (), dtype=dtype, device=device)
     workspace = _workspace(_kernels.kd_loss_workspace(rows), device)
@@ -127,7 +117,7 @@ def kd_loss_forward(
         rows,
         C,
         shape[0] if shape else 1,
-        len(layout) // 6,
+        dims,
         layout.buffer_info()[0],
         student_logits.data_ptr(),
         DTYPE[student_logits.dtype],

@@ -36,10 +36,6 @@ ZERO_LIKELIHOOD = tl.constexpr(-(1 << 24))
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def float_dtype(*logits):
-    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
-
-
 def tl_dtype(dtype):
     return _TYPES[dtype]
 
@@ -61,14 +57,6 @@ def jit(function):
     flags = [name for name, kind in function.__annotations__.items() if kind is tl.constexpr]
     plain = [name for name in names if name not in flags and not name.endswith("_ptr")]
     return triton.jit(do_not_specialize=plain)(function)
-
-
-def gradient_of(logits):
-    """Memory for a gradient, laid out as the logits where the last stride is 1 then too."""
-    gradient = torch.empty_like(logits)
-    if gradient.stride(-1) != 1 and logits.shape[-1] > 1:  # logits that overlap themselves
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return gradient
 
 
 def as_bytes(x):

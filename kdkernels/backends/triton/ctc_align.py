@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import GROUP, INF, float_dtype, jit, on_its_device, tile_of, tl_dtype, unit_of
+from kdkernels.backends._codes import float_dtype
+
+from .common import GROUP, INF, jit, on_its_device, tile_of, tl_dtype, unit_of
 from .ctc_loss import Problem, frame_strides
 from .ctc_rows import ctc_rows_kernel
 from .ctc_states import lattice, lengths_of, own_places

@@ -4,13 +4,13 @@ device."""
 import torch
 import triton
 
+from kdkernels.backends._codes import float_dtype, gradient_of
+
 from .common import (
     GROUP,
     INTERPRETED,
     TILE,
     as_bytes,
-    float_dtype,
-    gradient_of,
     on_its_device,
     tile_of,
     tl_dtype,

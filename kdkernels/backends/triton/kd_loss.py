@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kdkernels.backends._codes import float_dtype, gradient_of, merged_dims
+
 from .common import (
     LARGEST_ROW,
     TILE,
     as_bytes,
-    float_dtype,
-    gradient_of,
     jit,
     narrowed,
     on_its_device,
@@ -218,24 +218,10 @@ def scale_grad_kernel(grad_ptr, grad_outer, grad_inner, loss_ptr, loss_outer, lo
                 tl.store(grad_rows + c + columns, grad, mask=inside)
 
 
-def row_layout(tensors):
+def row_layout(shape, tensors):
     """(rows of the inner dim, [(outer stride, inner stride)]), the leading dims merged into two;
     None where they do not merge."""
-    sizes, strides = [], [[] for _ in tensors]
-    for dim in range(tensors[0].dim()):
-        size = tensors[0].shape[dim]
-        if size == 1:
-            continue
-        if sizes and all(
-            s[-1] == x.stride(dim) * size for s, x in zip(strides, tensors, strict=True)
-        ):
-            sizes[-1] *= size
-            for s, x in zip(strides, tensors, strict=True):
-                s[-1] = x.stride(dim)
-        else:
-            sizes.append(size)
-            for s, x in zip(strides, tensors, strict=True):
-                s.append(x.stride(dim))
+    sizes, strides = merged_dims(shape, tensors)
     if len(sizes) > 2:
         return None
     missing = 2 - len(sizes)
@@ -248,8 +234,9 @@ def scale_grad_(grad, grad_loss):
     """`grad` [*, C] times `grad_loss`, in place: a scalar, or one for each row or utterance."""
     C = grad.shape[-1]
     rows = grad.numel() // C
-    factors = grad_loss.expand(grad.shape[:-1])
-    layout = row_layout([grad[..., 0], factors])
+    shape = grad.shape[:-1]
+    factors = grad_loss.expand(shape)
+    layout = row_layout(shape, [grad, factors])
     if not rows or layout is None:
         return grad.mul_(grad_loss.unsqueeze(-1))
     inner, (grad_strides, factor_strides) = layout
@@ -289,13 +276,13 @@ def kd_loss_forward(
 
     weights = None if weight is None else as_bytes(weight).expand(shape)
     copies = [student_logits, teacher_logits, grad_student, grad_teacher]
-    given = [x if x is None else x[..., 0] for x in copies] + [weights]
-    layout = row_layout([x for x in given if x is not None])
+    given = [*copies, weights]
+    layout = row_layout(shape, [x for x in given if x is not None])
     if layout is None:  # more than two leading dims that do not merge: contiguous copies
         copies = [x if x is None else x.contiguous() for x in copies]
         weights = weights if weights is None else weights.contiguous()
-        given = [x if x is None else x[..., 0] for x in copies] + [weights]
-        layout = row_layout([x for x in given if x is not None])
+        given = [*copies, weights]
+        layout = row_layout(shape, [x for x in given if x is not None])
     inner, found = layout
     found = iter(found)
     strides = [(0, 0) if x is None else next(found) for x in given]

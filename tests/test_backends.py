@@ -32,6 +32,11 @@ def test_pairs_that_must_exist(op):
         assert {"triton", "reference"} <= set(kd.available(op, "cuda"))
 
 
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu"), torch.zeros(1).device], ids=repr)
+def test_available_takes_a_device(device):
+    assert kd.available("kd_loss", device) == kd.available("kd_loss", "cpu")
+
+
 def test_import_needs_torch_alone():
     code = "import sys, kdkernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     modules = _python(code).split()
@@ -59,6 +64,8 @@ def test_unknown_names_are_refused():
         kd.kd_loss(x, x, backend="fastest")
     with pytest.raises(ValueError, match=r"available: expected `op` in"):
         kd.available("mse_loss")
+    with pytest.raises(ValueError, match=r"available: expected `device_type` to be a device, got"):
+        kd.available("kd_loss", "cpp")
 
 
 def test_environment_variable_is_the_default(monkeypatch):

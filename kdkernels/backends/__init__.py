@@ -11,6 +11,8 @@ import functools
 import importlib
 import os
 
+import torch
+
 NAMES = ("cuda", "cpp", "triton", "reference")
 
 # What must be importable for a backend to exist here. The absence of this very module makes the
@@ -44,9 +46,18 @@ def load(name):
 
 
 def available(op, device_type="cpu"):
-    """Names of the backends that run `op` on `device_type` on this machine, best first."""
+    """Names of the backends that run `op` on `device_type` on this machine, best first.
+
+    `device_type` may also be a device: ``"cuda:0"`` or ``logits.device``.
+    """
     if op not in FUNCTIONS:
         raise ValueError(f"available: expected `op` in {sorted(FUNCTIONS)}, got {op!r}")
+    try:
+        device_type = torch.device(device_type).type
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"available: expected `device_type` to be a device, got {device_type!r}"
+        ) from None
     modules = ((name, load(name)) for name in NAMES)
     return [name for name, module in modules if module and module.supports(op, device_type)]
 

@@ -34,14 +34,18 @@ def logits(op, name, x):
         raise bad_type(op, name, "to be a tensor", type(x).__name__)
     if x.dtype not in LOGITS:
         raise bad_type(op, name, "of dtype float32, float64, bfloat16 or float16", x.dtype)
-    if x.layout != torch.strided or x.is_nested:
-        raise bad_value(op, name, "to be dense", "a nested tensor" if x.is_nested else x.layout)
+    _dense(op, name, x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise bad_value(
             op, name, "with at least one class in the last dim", f"shape {tuple(x.shape)}"
         )
     x = x.resolve_neg()  # kernels read memory as it is
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _dense(op, name, x):
+    if x.layout != torch.strided or x.is_nested:
+        raise bad_value(op, name, "to be dense", "a nested tensor" if x.is_nested else x.layout)
 
 
 def teacher(op, student, x):
@@ -58,6 +62,7 @@ def weight(op, name, x, shape, device):
         raise bad_type(op, name, "to be a tensor", type(x).__name__)
     if x.dtype != torch.bool and not x.is_floating_point():
         raise bad_type(op, name, "of a bool or floating dtype", x.dtype)
+    _dense(op, name, x)
     if x.shape != shape:
         raise bad_value(op, name, f"of shape {tuple(shape)}", tuple(x.shape))
     if x.device != device:
@@ -92,6 +97,23 @@ def flag(op, name, value):
     return bool(value)
 
 
+def integer(op, name, value):
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise bad_type(op, name, "to be an integer", type(value).__name__) from None
+
+
+def term_weights(op, kd_weight, ctc_weight):
+    """The weights of the two terms, as floats."""
+    kd_weight = number(op, "kd_weight", kd_weight)
+    if ctc_weight is not None:
+        return kd_weight, number(op, "ctc_weight", ctc_weight)
+    if not 0 <= kd_weight <= 1:
+        raise bad_value(op, "kd_weight", "in [0, 1] where `ctc_weight` is not given", kd_weight)
+    return kd_weight, 1 - kd_weight
+
+
 def distillation(op, temperature, teacher_temperature, divergence, beta):
     """The two temperatures and beta, as floats."""
     temperature = number(op, "temperature", temperature)
@@ -117,6 +139,7 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
     the logits.
     """
     x = logits(op, name, x)
+    batch_first = flag(op, "batch_first", batch_first)
     if x.dim() == 3:
         if batch_first:
             x = x.transpose(0, 1)
@@ -139,23 +162,41 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
         raise bad_value(op, "targets", f"of {N} rows", f"shape {tuple(targets.shape)}")
     input_lengths = _lengths(op, "input_lengths", input_lengths, N, batched)
     target_lengths = _lengths(op, "target_lengths", target_lengths, N, batched)
-    try:
-        blank = operator.index(blank)
-    except TypeError:
-        raise bad_type(op, "blank", "to be an integer", type(blank).__name__) from None
+    blank = integer(op, "blank", blank)
     if not 0 <= blank < C:
         raise bad_value(op, "blank", f"in [0, {C})", blank)
     return x, targets, input_lengths, target_lengths, blank
 
 
 def _integers(op, name, x):
-    if x.is_meta:
-        raise bad_value(op, name, "with values", "a tensor on the meta device")
+    _with_values(op, name, x)
     if x.dtype in INTEGERS:
         return x
     if x.dtype in UNSIGNED:
         return x.to(torch.int64)
     raise bad_type(op, name, "of an integer dtype", x.dtype)
+
+
+def _with_values(op, name, x):
+    _dense(op, name, x)
+    if x.is_meta:
+        raise bad_value(op, name, "with values", "a tensor on the meta device")
+
+
+def labelled(op, x, N, single):
+    if not isinstance(x, torch.Tensor):
+        try:
+            x = torch.tensor(x, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise bad_type(op, "labelled", "to be a bool tensor", repr(x)) from None
+    _with_values(op, "labelled", x)
+    if x.dtype != torch.bool:
+        raise bad_type(op, "labelled", "of dtype bool", x.dtype)
+    if single and x.dim() == 0:
+        x = x.unsqueeze(0)
+    if x.shape != (N,):
+        raise bad_value(op, "labelled", f"of shape ({N},)", tuple(x.shape))
+    return x
 
 
 def _lengths(op, name, x, N, batched):

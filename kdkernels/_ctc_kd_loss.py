@@ -111,15 +111,7 @@ def ctc_kd_loss(
         op, temperature, teacher_temperature, divergence, beta
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    kd_weight = _checks.number(op, "kd_weight", kd_weight)
-    if ctc_weight is not None:
-        ctc_weight = _checks.number(op, "ctc_weight", ctc_weight)
-    elif 0 <= kd_weight <= 1:
-        ctc_weight = 1 - kd_weight
-    else:
-        raise _checks.bad_value(
-            op, "kd_weight", "in [0, 1] where `ctc_weight` is not given", kd_weight
-        )
+    kd_weight, ctc_weight = _checks.term_weights(op, kd_weight, ctc_weight)
     if frame_weight is not None:
         shape = (T,) if single else (N, T) if batch_first else (T, N)
         frame_weight = _checks.weight(op, "frame_weight", frame_weight, shape, device)
@@ -128,7 +120,7 @@ def ctc_kd_loss(
         elif batch_first:
             frame_weight = frame_weight.t()
     if labelled is not None:
-        labelled = _labelled(op, labelled, N, single)
+        labelled = _checks.labelled(op, labelled, N, single)
     wanted = (_op.wants_grad(student_logits), _op.wants_grad(teacher_logits))
     scale = 1.0
     if (
@@ -161,18 +153,6 @@ def ctc_kd_loss(
         terms = [x.squeeze(0) for x in terms]
     loss, ctc, kd = terms
     return CTCKDTerms(loss if scale == 1 else loss / scale, ctc, kd)
-
-
-def _labelled(op, labelled, N, single):
-    if not isinstance(labelled, torch.Tensor):
-        labelled = torch.tensor(labelled, device="cpu")
-    if labelled.dtype != torch.bool:
-        raise _checks.bad_type(op, "labelled", "of dtype bool", labelled.dtype)
-    if single and labelled.dim() == 0:
-        labelled = labelled.unsqueeze(0)
-    if labelled.shape != (N,):
-        raise _checks.bad_value(op, "labelled", f"of shape ({N},)", tuple(labelled.shape))
-    return labelled
 
 
 def _arrive(

@@ -19,6 +19,13 @@ class _Loss(torch.nn.Module):
         if "temperature" in options:
             keys = ("temperature", "teacher_temperature", "divergence", "beta")
             _checks.distillation(name, *(options[key] for key in keys))
+        if "kd_weight" in options:
+            _checks.term_weights(name, options["kd_weight"], options["ctc_weight"])
+        if "blank" in options:
+            _checks.integer(name, "blank", options["blank"])
+        for key in ("zero_infinity", "rescale", "batch_first"):
+            if key in options:
+                _checks.flag(name, key, options[key])
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -61,7 +68,8 @@ class KDLoss(_Loss):
 
 
 class CTCLoss(_Loss):
-    """:func:`kdkernels.ctc_loss` as a module, with the signature of ``torch.nn.CTCLoss``."""
+    """:func:`kdkernels.ctc_loss` as a module, made and called with the arguments of
+    ``torch.nn.CTCLoss``, in their order; its ``log_probs`` are ``logits`` here."""
 
     def __init__(
         self, blank=0, reduction="mean", zero_infinity=False, batch_first=False, backend=None

@@ -59,6 +59,9 @@ def lengths(values, which):
             r"`(student_)?logits` to be dense, got torch.sparse_coo",
         ),
         ({"input_lengths": torch.ones(3)}, TypeError, r"`input_lengths` of an integer dtype"),
+        ({"targets": P.targets.to_sparse()}, ValueError, r"expected `targets` to be dense, got"),
+        ({"batch_first": "no"}, TypeError, r"expected `batch_first` to be True or False, got 'no'"),
+        ({"batch_first": None}, TypeError, r"expected `batch_first` to be True or False, got None"),
         ({"backend": "no"}, ValueError, r"expected `backend` in .*, got 'no'"),
     ],
 )
@@ -209,6 +212,13 @@ def test_kd_loss_arguments(on, student, teacher, options, error, message):
     [
         ({"labelled": torch.ones(3)}, TypeError, r"expected `labelled` of dtype bool"),
         ({"labelled": torch.ones(2).bool()}, ValueError, r"expected `labelled` of shape \(3,\)"),
+        ({"labelled": "all"}, TypeError, r"expected `labelled` to be a bool tensor, got 'all'"),
+        ({"labelled": [None] * 3}, TypeError, r"expected `labelled` to be a bool tensor, got \[No"),
+        (
+            {"frame_weight": torch.ones(12, 3).to_sparse()},
+            ValueError,
+            r"expected `frame_weight` to be dense, got torch.sparse_coo",
+        ),
         (
             {"frame_weight": torch.ones(3, 12)},
             ValueError,
@@ -267,10 +277,26 @@ def test_nested_tensors(on):
             lambda: kdkernels.CTCKDLoss(divergence="l2"),
             "CTCKDLoss: expected `divergence` in .*, got 'l2'",
         ),
+        (
+            lambda: kdkernels.CTCKDLoss(kd_weight=2),
+            r"CTCKDLoss: expected `kd_weight` in \[0, 1\] where `ctc_weight` is not given, got 2.0",
+        ),
+        (
+            lambda: kdkernels.CTCLoss(blank="_"),
+            "CTCLoss: expected `blank` to be an integer, got str",
+        ),
+        (
+            lambda: kdkernels.KDLoss(rescale="no"),
+            "KDLoss: expected `rescale` to be True or False, got 'no'",
+        ),
+        (
+            lambda: kdkernels.CTCLoss(batch_first=None),
+            "CTCLoss: expected `batch_first` to be True or False, got None",
+        ),
     ],
 )
 def test_modules_check_options_when_made(make, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         make()
 
 

@@ -8,6 +8,7 @@ import functools
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+Lengths = torch.Tensor | Sequence[int] | int
 
 
 def bad_value(op, name, expected, got):

@@ -1,13 +1,22 @@
 """Alignment from the same lattice as ctc_loss: soft (ctc_posteriors) and hard (ctc_align)."""
 
 import torch
+from torch import Tensor
 
 from . import _checks, _op, backends
+from ._checks import Lengths
 
 
 def ctc_posteriors(
-    logits, targets, input_lengths, target_lengths, blank=0, *, batch_first=False, backend=None
-):
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Lengths,
+    target_lengths: Lengths,
+    blank: int = 0,
+    *,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     r"""Expected occupancies of a CTC alignment: how likely each frame is spent on each class,
     given the target.
 
@@ -39,8 +48,15 @@ def ctc_posteriors(
 
 
 def ctc_align(
-    logits, targets, input_lengths, target_lengths, blank=0, *, batch_first=False, backend=None
-):
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Lengths,
+    target_lengths: Lengths,
+    blank: int = 0,
+    *,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""The best CTC path of each utterance, :math:`\arg\max_\pi \prod_t y_{t,\pi_t}`, by the
     Viterbi recursion.
 

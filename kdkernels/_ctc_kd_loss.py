@@ -1,10 +1,13 @@
 """ctc_kd_loss: CTC and distillation together; each logit tensor is read once for both."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import _checks, _op
+from ._checks import Lengths
 from ._ctc_loss import REDUCTIONS
 
 
@@ -18,27 +21,27 @@ class CTCKDTerms(NamedTuple):
 
 
 def ctc_kd_loss(
-    student_logits,
-    teacher_logits,
-    targets,
-    input_lengths,
-    target_lengths,
-    blank=0,
-    reduction="mean",
-    zero_infinity=False,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    input_lengths: Lengths,
+    target_lengths: Lengths,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
     *,
-    kd_weight=0.5,
-    ctc_weight=None,
-    temperature=1.0,
-    teacher_temperature=None,
-    divergence="forward_kl",
-    beta=0.5,
-    labelled=None,
-    frame_weight=None,
-    rescale=True,
-    batch_first=False,
-    backend=None,
-):
+    kd_weight: float = 0.5,
+    ctc_weight: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    labelled: Tensor | Sequence[bool] | None = None,
+    frame_weight: Tensor | None = None,
+    rescale: bool = True,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> CTCKDTerms:
     r"""CTC against a transcript and distillation against a teacher, frame by frame, in one
     operator.
 

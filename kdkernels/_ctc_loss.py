@@ -1,24 +1,26 @@
 """ctc_loss: connectionist temporal classification, from raw logits to gradient."""
 
 import torch
+from torch import Tensor
 
 from . import _checks, _op
+from ._checks import Lengths
 
 REDUCTIONS = ("none", "sum", "mean")
 
 
 def ctc_loss(
-    logits,
-    targets,
-    input_lengths,
-    target_lengths,
-    blank=0,
-    reduction="mean",
-    zero_infinity=False,
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Lengths,
+    target_lengths: Lengths,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
     *,
-    batch_first=False,
-    backend=None,
-):
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     r"""CTC loss, fused from raw logits to gradient.
 
     With :math:`y_{t,c} = \mathrm{softmax}(\text{logits})_{t,c}`, the loss of an utterance is

@@ -2,6 +2,7 @@
 pass."""
 
 import torch
+from torch import Tensor
 
 from . import _checks, _op
 
@@ -9,18 +10,18 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 def kd_loss(
-    student_logits,
-    teacher_logits,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     *,
-    temperature=1.0,
-    teacher_temperature=None,
-    divergence="forward_kl",
-    beta=0.5,
-    weight=None,
-    reduction="mean",
-    rescale=True,
-    backend=None,
-):
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    rescale: bool = True,
+    backend: str | None = None,
+) -> Tensor:
     r"""Knowledge-distillation loss of a student against a teacher, fused from raw logits to
     gradient.
 

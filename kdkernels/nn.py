@@ -1,9 +1,13 @@
 """The losses as torch.nn.Module: options at construction, tensors at the call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import _checks, _ctc_loss, _kd_loss, backends
-from ._ctc_kd_loss import ctc_kd_loss
+from ._checks import Lengths
+from ._ctc_kd_loss import CTCKDTerms, ctc_kd_loss
 from ._ctc_loss import ctc_loss
 from ._kd_loss import kd_loss
 
@@ -43,14 +47,14 @@ class KDLoss(_Loss):
 
     def __init__(
         self,
-        temperature=1.0,
-        teacher_temperature=None,
-        divergence="forward_kl",
-        beta=0.5,
-        reduction="mean",
-        rescale=True,
-        backend=None,
-    ):
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        reduction: str = "mean",
+        rescale: bool = True,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         self._keep(
             _kd_loss.REDUCTIONS,
@@ -63,7 +67,9 @@ class KDLoss(_Loss):
             backend=backend,
         )
 
-    def forward(self, student_logits, teacher_logits, weight=None):
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         return kd_loss(student_logits, teacher_logits, weight=weight, **self._kept())
 
 
@@ -72,8 +78,13 @@ class CTCLoss(_Loss):
     ``torch.nn.CTCLoss``, in their order; its ``log_probs`` are ``logits`` here."""
 
     def __init__(
-        self, blank=0, reduction="mean", zero_infinity=False, batch_first=False, backend=None
-    ):
+        self,
+        blank: int = 0,
+        reduction: str = "mean",
+        zero_infinity: bool = False,
+        batch_first: bool = False,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         self._keep(
             _ctc_loss.REDUCTIONS,
@@ -84,7 +95,9 @@ class CTCLoss(_Loss):
             backend=backend,
         )
 
-    def forward(self, logits, targets, input_lengths, target_lengths):
+    def forward(
+        self, logits: Tensor, targets: Tensor, input_lengths: Lengths, target_lengths: Lengths
+    ) -> Tensor:
         return ctc_loss(logits, targets, input_lengths, target_lengths, **self._kept())
 
 
@@ -93,19 +106,19 @@ class CTCKDLoss(_Loss):
 
     def __init__(
         self,
-        blank=0,
-        reduction="mean",
-        zero_infinity=False,
-        kd_weight=0.5,
-        ctc_weight=None,
-        temperature=1.0,
-        teacher_temperature=None,
-        divergence="forward_kl",
-        beta=0.5,
-        rescale=True,
-        batch_first=False,
-        backend=None,
-    ):
+        blank: int = 0,
+        reduction: str = "mean",
+        zero_infinity: bool = False,
+        kd_weight: float = 0.5,
+        ctc_weight: float | None = None,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        rescale: bool = True,
+        batch_first: bool = False,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         self._keep(
             _ctc_loss.REDUCTIONS,
@@ -125,14 +138,14 @@ class CTCKDLoss(_Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
-        targets,
-        input_lengths,
-        target_lengths,
-        labelled=None,
-        frame_weight=None,
-    ):
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        input_lengths: Lengths,
+        target_lengths: Lengths,
+        labelled: Tensor | Sequence[bool] | None = None,
+        frame_weight: Tensor | None = None,
+    ) -> CTCKDTerms:
         return ctc_kd_loss(
             student_logits,
             teacher_logits,

@@ -35,7 +35,7 @@ class Patch:
 
         self.function = fused_ctc_loss
 
-    def restore(self):
+    def restore(self) -> None:
         """Put back the patch before this one, or torch's function. A second call does nothing."""
         global _original
         if self in _active:
@@ -44,14 +44,14 @@ class Patch:
             if not _active:
                 _original = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.restore()
 
 
-def patch(*, backend=None):
+def patch(*, backend: str | None = None) -> Patch:
     """Replace ``torch.nn.functional.ctc_loss`` by :func:`kdkernels.ctc_loss`, with torch's
     signature.
 

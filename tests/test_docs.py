@@ -1,5 +1,6 @@
 """Pointers in the documents: files that are named exist, and every file has its line."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -48,3 +49,13 @@ def test_every_file_has_a_line_in_its_table(title, files):
     in_first_column = " ".join(row.split("|")[1] for row in table.splitlines()[2:])
     named = {name for name in re.findall(r"`([\w.]+)`", in_first_column) if name.endswith(ending)}
     assert named == {path.name for path in ROOT.glob(files)}
+
+
+@pytest.mark.parametrize("name", sorted(set(kdkernels.__all__) - {"CTCKDTerms"}))
+def test_what_is_public_is_typed(name):
+    public = getattr(kdkernels, name)
+    assert (ROOT / "kdkernels/py.typed").exists()  # else type checkers do not look
+    for function in (public.__init__, public.forward) if inspect.isclass(public) else (public,):
+        signature = inspect.signature(function)
+        types = [p.annotation for n, p in signature.parameters.items() if n != "self"]
+        assert inspect.Signature.empty not in [*types, signature.return_annotation]

@@ -45,7 +45,7 @@ def load(name):
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def available(op, device_type="cpu"):
+def available(op: str, device_type: str | torch.device = "cpu") -> list[str]:
     """Names of the backends that run `op` on `device_type` on this machine, best first.
 
     `device_type` may also be a device: ``"cuda:0"`` or ``logits.device``.

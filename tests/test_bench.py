@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdkernels.bench import __main__ as bench_main
 from kdkernels.bench import cells, instructions, markdown, peers, sections
 from kdkernels.bench.__main__ import parse
 from kdkernels.bench.compare import count_verdict, interval, verdict
 from kdkernels.bench.contenders import Contender, contenders, make_inputs
 from kdkernels.bench.errors import errors, judged
-from kdkernels.bench.report import PAGE, README, markers, with_section
+from kdkernels.bench.report import PAGE, README, checked, markers, with_section
 from kdkernels.bench.report import main as report_main
 from kdkernels.bench.shapes import OPS, SHAPES, TINY, Shape
 from kdkernels.bench.timing import MIN_ROUNDS, interleave, ratio
@@ -162,6 +163,35 @@ def test_what_is_no_result_changes_nothing(tmp_path, monkeypatch, capsys, conten
     assert "some.json is not a result of" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "some.json"]
     assert (tmp_path / "README.md").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("at", ["measure_rows", "accuracy", "training_step"])
+def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path, monkeypatch, capsys, at):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    def rows(_):
+        yield {"op": "kd_loss", "shape": "(32, 16)", "floors": {}}
+        if at == "measure_rows":
+            stop(_)
+
+    for name in ("accuracy", "scaling", "training_step"):
+        monkeypatch.setattr(bench_main, name, stop if name == at else lambda _: [])
+    monkeypatch.setattr(bench_main, "measure_rows", rows)
+    monkeypatch.setattr(bench_main.markdown, "row_text", str)
+    results = tmp_path / "some.json"
+    command = ["bench", "--tiny", "--json", str(results), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_main.main() == 130
+    assert f"stopped: 1 rows are done, and in {results}" in capsys.readouterr().err
+    assert len(json.loads(results.read_text())["rows"]) == 1
+
+
+def test_a_result_that_ends_early_is_refused(results):
+    assert checked(results[0]) is results[0]
+    for part in ("accuracy", "scaling", "training_step"):
+        with pytest.raises(ValueError, match=f"it ends before {part}"):
+            checked({k: v for k, v in results[0].items() if k != part})
 
 
 def test_readme_without_markers_is_an_error():

@@ -134,6 +134,11 @@ def main() -> int:
         for row in measure_rows(args):
             result["rows"].append(row)
             print(markdown.row_text(row), flush=True)
+        if args.whole:
+            print("\naccuracy, scaling, training step ...", flush=True)
+            result["accuracy"] = accuracy(args)
+            result["scaling"] = scaling(args)
+            result["training_step"] = training_step(args)
     except KeyboardInterrupt:
         done = f"{len(result['rows'])} rows are done"
         if args.json:
@@ -141,11 +146,6 @@ def main() -> int:
             done += f", and in {args.json}"
         print(f"stopped: {done}", file=sys.stderr)
         return 130
-    if args.whole:
-        print("\naccuracy, scaling, training step ...", flush=True)
-        result["accuracy"] = accuracy(args)
-        result["scaling"] = scaling(args)
-        result["training_step"] = training_step(args)
     result["took_seconds"] = perf_counter() - began
     missed = sum(not f["met"] for row in result["rows"] for f in row["floors"].values())
     print(f"\n{missed} floors missed; {result['took_seconds']:.0f} s")

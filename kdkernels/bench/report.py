@@ -33,7 +33,7 @@ def with_section(readme: str, name: str, section: str) -> str:
 
 
 def checked(result) -> dict:
-    """The result, if it has every row of the table; ValueError says what is wrong with it."""
+    """The result, if it is that of a whole run; ValueError says what is wrong with it."""
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError("it has no rows")
     every = {(s.op, s.label) for s in SHAPES}
@@ -41,6 +41,9 @@ def checked(result) -> dict:
         raise ValueError("its rows have no op and shape")
     if missing := every - {(row["op"], row["shape"]) for row in result["rows"]}:
         raise ValueError(f"{len(missing)} of the {len(every)} rows are not in it")
+    for part in ("accuracy", "scaling", "training_step"):  # made after the rows
+        if part not in result:
+            raise ValueError(f"it ends before {part}")
     return result
 
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +68,23 @@ def test_late_captions_are_told_of():
     assert recordings.remarks(in_time, 20.0).endswith("of them faster than 20 characters a second")
     assert recordings.remarks(captions.captions(words[:9]), 20.0) == ""
     assert recordings.remarks([], 1.0) == ""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_nobody_reads_what_it_says(run, tmp_path, closed):
+    """As `python -m kdkernels.transcribe A B | head -1` does: B is transcribed too."""
+    names = ("a", "b", "c")
+    for name in names:
+        soundfile.write(tmp_path / f"{name}.wav", tones("ab cd", np.random.default_rng(0))[0], RATE)
+    paths = [str(tmp_path / f"{name}.wav") for name in ("a", "missing", "b", "c")]
+    command = [sys.executable, "-m", "kdkernels.transcribe", *paths, "--model", str(run)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        getattr(process, closed).close()
+        said = (process.stderr if closed == "stdout" else process.stdout).read()
+        assert process.wait(120) == 1
+    assert "Broken" not in said
+    assert all((tmp_path / f"{name}.srt").exists() for name in names)
 
 
 def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, capsys):

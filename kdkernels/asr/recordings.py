@@ -14,7 +14,7 @@ import soundfile
 import kdkernels as kd
 
 from . import audio, captions, files, recognise
-from .console import progress
+from .console import progress, write
 
 SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 BLOCK = 20.0  # seconds of a recording that are read at a time
@@ -161,10 +161,10 @@ def run(
         try:
             if not force and (there := [output for output in outputs if output.exists()]):
                 raise files.TrainError(f"{path}: {there[0]} exists; --force replaces it")
-            print(transcribe(path, outputs, model, doubt, late), flush=True)
+            write(transcribe(path, outputs, model, doubt, late), sys.stdout)
         except files.TrainError as error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr)
+            write(f"error: {error}", sys.stderr)
     if failed and len(paths) > 1:
-        print(f"{failed} of {len(paths)} recordings could not be done", file=sys.stderr)
+        write(f"{failed} of {len(paths)} recordings could not be done", sys.stderr)
     return int(failed > 0)

@@ -106,6 +106,7 @@ def run(settings: Settings) -> dict:
         {name: x.kept for name, x in models.items() if x.kept},
     )
     results["examples"] = example.texts(experiment, models)
+    results = report.keep_times(results, out)
     if processes.rank() == 0:
         example.write(experiment, models["student_distilled"], out)
         report.write(results, out)

@@ -38,7 +38,8 @@ def markdown(r: dict) -> str:
             "",
             f"Corpus sha256 {r['corpus']['sha256'][:16]}, {drawn}, "
             f"torch {r['versions']['torch']}, {r['machine']['threads']} threads, "
-            f"{r['machine']['precision']}; the last command took {r['seconds']['total']:.0f} s.",
+            f"{r['machine']['precision']}; the command that measured this took "
+            f"{r['seconds']['total']:.0f} s.",
             "",
         ]
     )

@@ -23,6 +23,7 @@ from .training import Point
 
 WITHOUT, WITH = "student_distilled_without_transcripts", "student_transcribed"  # compared
 FILES = ("report.json", "report.md", "wer.png", "loss.png", *CAPTIONS)
+TIMED = ("loss_ms", "real_time_factor", "seconds")  # what is measured anew at every command
 
 
 class Score(NamedTuple):
@@ -98,6 +99,18 @@ def make(
             **({} if settings.transcribed else {"espeakng-loader": version("espeakng-loader")}),
         },
     }
+
+
+def keep_times(results: dict, out: Path) -> dict:
+    """The results; where OUT has them already, all but the times, with the times that it has."""
+    results = json.loads(json.dumps(results))
+    try:
+        old = json.loads((out / "report.json").read_text())
+        times = {name: old[name] for name in TIMED}
+        alike = all(times[name].keys() == results[name].keys() for name in TIMED)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return results
+    return old if alike and {**results, **times} == old else results
 
 
 def over_seeds(results: list[dict]) -> dict:

@@ -123,6 +123,15 @@ def test_the_last_caption_ends_with_the_recording(words, silence):
         assert last.end == unbounded.end or last.end >= int(1000 * seconds)
 
 
+@given(spoken(), st.floats(0, 9))
+@example([Word("a", 0.0, 0.5, 1.0), Word("b" * 80, 1.999, 3.0, 1.0)], 0.0)
+def test_no_caption_is_gone_for_less_than_a_second(words, silence):
+    seconds = words[-1].end + silence if words else silence
+    for caption, following in itertools.pairwise(captions.captions(words, seconds=seconds)):
+        gap = following.start - caption.end
+        assert gap == 0 or gap >= 1000 or following.start - caption.start > 7000
+
+
 def test_calm_speech_is_on_time_and_can_be_read():
     text = "the captain brought the warm camera behind the church and the engine was broken " * 20
     words, at = [], 0.0

@@ -6,7 +6,9 @@ What holds, the first before the others:
 2. A caption has one or two lines of at most 42 characters, stays 1 to 7 seconds, and overlaps none.
 3. It stays long enough to be read at 20 characters a second: past its last word where it must.
 4. It begins with its first word, or as soon as the one before may go.
-5. The last one ends when the recording does at the latest, where 2 and 3 let it.
+5. It stays until the next one where that begins less than a second later and 2 lets it: shorter
+   gaps flicker.
+6. The last one ends when the recording does at the latest, where 2 and 3 let it.
 
 Where people talk faster than 20 characters a second captions come late, and catch up in pauses. A
 limit to that, `late`, goes before 3: captions in time with the picture, which not everybody reads.
@@ -20,6 +22,7 @@ from typing import NamedTuple
 LINE = 42  # characters
 SHORTEST, LONGEST = 1000, 7000  # milliseconds a caption is shown
 READING = 50  # milliseconds a character: 20 characters a second
+GAP = 1000  # milliseconds between two captions: 0, or at least that many (BBC subtitle guidelines)
 LATE = 1.5  # seconds: captions that begin later after their first word are told of
 DOUBT = 0.8  # confidence below which a word is marked: of these two in three are wrong
 PARAGRAPH = 1.0  # seconds of pause that begin a new line of text
@@ -83,7 +86,10 @@ def captions(
         needed = start + max(SHORTEST, READING * _characters(lines))
         end = max(group[-1].end, needed)
         if following:
-            end = min(end, max(start + SHORTEST, following[0].start + 1000 * late))
+            after = following[0].start
+            if end < after < end + GAP and after <= start + LONGEST:
+                end = after
+            end = min(end, max(start + SHORTEST, after + 1000 * late))
         else:
             end = min(end, max(needed, 1000 * seconds))
         shown.append(Caption(start, int(min(end, start + LONGEST)), lines, start - said))

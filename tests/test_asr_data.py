@@ -62,6 +62,21 @@ def test_stereo_of_any_rate_is_read_as_mono_at_16_khz(tmp_path, suffix):
     assert samples[8000] == pytest.approx(0.375 * 32767, abs=40)
 
 
+def test_channels_that_cancel_each_other_are_heard():
+    rng = np.random.default_rng(0)
+    one, other = rng.uniform(-1, 1, (2, 8000)).astype(np.float32)
+    nothing = np.zeros_like(one)
+    for second in (-one, -0.95 * one, 0.03 * other - one):
+        mixed, cancel = audio.mix(np.stack([nothing, one, second], 1))
+        assert cancel
+        np.testing.assert_array_equal(mixed, one)
+    for channels in ([one], [one, one], [one, other], [one, *[nothing] * 5], [nothing, nothing]):
+        mixed, cancel = audio.mix(np.stack(channels, 1))
+        assert not cancel
+        np.testing.assert_allclose(mixed, np.mean(channels, 0), atol=1e-6)
+    assert np.abs(audio.mono(np.stack([one, -one], 1), audio.SAMPLE_RATE)).max() > 30000
+
+
 @pytest.mark.parametrize("loudness", [0.5, 1.0, 1.5, 32768.0])
 def test_samples_beyond_one_are_not_cut_off(loudness):
     tone = np.sin(2 * np.pi * 440 * np.arange(1, 8001) / audio.SAMPLE_RATE)  # reaches 1

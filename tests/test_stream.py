@@ -54,6 +54,16 @@ def stream(monkeypatch, run, content, *arguments):
     return call("--stream", "--model", run, *arguments)
 
 
+def test_channels_in_opposite_phase(monkeypatch, capsys, run):
+    samples = tones("ab cd abc", np.random.default_rng(0))[0]
+    both = audio.to_int16(np.stack([samples, -samples], 1)).astype("<i2").tobytes()
+    assert stream(monkeypatch, run, both, "--channels", "2", "--doubt", "0") == 0
+    said = capsys.readouterr()
+    assert said.out == "ab cd abc\n"
+    assert said.err.splitlines()[0] == f"warning: the stream: {audio.CANCEL}"
+    assert said.err.count("warning") == 1
+
+
 @pytest.mark.parametrize("kind", ["pcm", "pcm stereo", "wav", "endless wav", "wavex"])
 def test_a_stream_says_what_the_recording_says(monkeypatch, capsys, run, long, tmp_path, kind):
     samples = long[0][: 30 * RATE]

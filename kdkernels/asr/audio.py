@@ -14,6 +14,8 @@ from .files import TrainError
 
 SAMPLE_RATE = 16000
 RATES = (1000, 768000)  # Hz, of a recording: least and greatest
+CANCELLED = 0.1  # of the power that the loudest channel alone gives the mean
+CANCEL = "its channels cancel each other, as in opposite phase; where they do, only one is heard"
 FILTERS = 2**19  # filter taps that `resample` makes and applies at once
 
 
@@ -133,8 +135,20 @@ def mono(samples: np.ndarray, rate: int) -> np.ndarray:
 
     A recording that exceeds [-1, 1] is scaled as a whole: features do not depend on loudness.
     """
-    mixed = samples.mean(1)
+    mixed, _ = mix(samples)
     return to_int16(resample(mixed / np.abs(mixed).max(initial=1.0), rate))
+
+
+def mix(samples: np.ndarray) -> tuple[np.ndarray, bool]:
+    """float32 [samples, channels] -> ([samples], whether the channels cancel each other).
+
+    The mean; where hardly anything is left of it, as of two channels in opposite phase, the first
+    of the loud channels.
+    """
+    mean = samples.mean(1)
+    power = np.einsum("tc,tc->c", samples, samples)
+    cancel = bool(mean @ mean < CANCELLED * power.max() / len(power) ** 2)
+    return (samples[:, np.argmax(power > power.max() / 2)] if cancel else mean), cancel
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:

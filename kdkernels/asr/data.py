@@ -28,7 +28,7 @@ from .espeak import Espeak, paths
 from .files import TrainError, digest, load_tensors, save_tensors
 from .sources import SHARD, Recorded, report_bad
 
-FORMAT = 2  # raise it whenever the samples or the features change
+FORMAT = 3  # raise it whenever the samples or the features change
 
 
 # ---- what a shard is made of: picklable, and callable in a fresh process -------------------------

@@ -62,7 +62,7 @@ def resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[Tensor]:
     step, phases = (r // math.gcd(rate, audio.SAMPLE_RATE) for r in (rate, audio.SAMPLE_RATE))
     right = audio.reach(rate) + 1
     left = step * math.ceil(right / step)
-    mono = (torch.from_numpy(b if b.ndim == 1 else b.mean(1)) for b in blocks)
+    mono = (torch.from_numpy(b if b.ndim == 1 else audio.mix(b)[0]) for b in blocks)
     for window, first, count in overlapping(mono, left, right, step):
         samples = audio.resample(window.numpy(), rate)
         start, size = first // step * phases, math.ceil(count / step * phases)

@@ -14,7 +14,7 @@ import soundfile
 import kdkernels as kd
 
 from . import audio, captions, files, recognise
-from .console import progress, write
+from .console import progress, warn, write
 
 SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 BLOCK = 20.0  # seconds of a recording that are read at a time
@@ -69,17 +69,21 @@ def transcribe(
     if head is None:
         raise files.TrainError(f"{path} holds no audio")
     files.check_writable(outputs[0].parent)
-    rate, samples = head[1], 0
+    rate, samples, cancelled = head[1], 0, False
     with progress(None, path.name, "s", leave=False) as bar:
 
         def heard() -> Iterator[np.ndarray]:
-            nonlocal samples
+            nonlocal samples, cancelled
             for block, _ in itertools.chain([head], pieces):
-                yield block
+                mixed, cancel = audio.mix(block)
+                cancelled |= cancel
+                yield mixed
                 samples += len(block)
                 bar.update(len(block) // rate)
 
         words = list(recognise.recognise(model, heard(), rate))
+    if cancelled:
+        warn(f"{path}: {audio.CANCEL}")
     shown = captions.captions(words, doubt, samples / rate, late)
     results = {
         "audio": path.name,

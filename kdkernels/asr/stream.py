@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from . import audio, captions, files, recognise
+from . import audio, captions, console, files, recognise
 
 BLOCK = 0.1  # seconds
 FORMATS = {  # first bytes of streams that are neither raw samples nor wav
@@ -115,12 +115,17 @@ def run(
     """
     rate, pieces = blocks(source, rate, channels)
     samples, arrived, computing, ended = 0, time.perf_counter(), 0.0, False
+    cancelled = False
 
     def heard() -> Iterator[np.ndarray]:
-        nonlocal samples, arrived, computing, ended
+        nonlocal samples, arrived, computing, ended, cancelled
         for block in pieces:
             samples, arrived = samples + len(block), time.perf_counter()
-            yield block
+            mixed, cancel = audio.mix(block)
+            if cancel and not cancelled:
+                console.warn(f"the stream: {audio.CANCEL}")
+            cancelled |= cancel
+            yield mixed
             computing += time.perf_counter() - arrived
         ended = True
 

@@ -1,6 +1,7 @@
 """python -m kdkernels.transcribe AUDIO...: what is written, what is refused."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -90,15 +91,13 @@ def test_nobody_reads_what_it_says(run, tmp_path, closed):
 def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, capsys):
     good = tmp_path / "good.wav"
     soundfile.write(good, tones("ab cd", np.random.default_rng(0))[0], RATE)
-    soundfile.write(tmp_path / "whole.flac", np.random.default_rng(0).random(RATE), RATE)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
     nan = np.zeros(RATE, "f4")
     nan[9] = np.nan
     soundfile.write(tmp_path / "nan.wav", nan, RATE, subtype="FLOAT")
     (tmp_path / "text.wav").write_text("this is no audio" * 100)
     (tmp_path / "nothing.wav").write_bytes(b"")
-    (tmp_path / "cut.wav").write_bytes(good.read_bytes()[:5000])
-    (tmp_path / "chopped.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:9000])
+    (tmp_path / "header.wav").write_bytes(good.read_bytes()[:44])
     soundfile.write(tmp_path / "slow.wav", np.zeros(100), 100)
     reasons = {
         "missing.wav": "there is no such file",
@@ -106,8 +105,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, cap
         "nan.wav": "holds samples that are not numbers",
         "text.wav": "cannot be read as audio",
         "nothing.wav": "cannot be read as audio",
-        "cut.wav": "is truncated",
-        "chopped.flac": "is truncated or damaged",
+        "header.wav": "holds no audio",
         "slow.wav": "has 100 samples a second, expected one of 1000 to 768000",
         ".": "it is a folder",
     }
@@ -123,6 +121,76 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, cap
         f"good.{suffix}" for suffix in ("txt", "json", "vtt", "srt")
     }
     assert said.out.startswith(f"{good}: ")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kept", "lacks"),
+    [
+        ("wav", 0.6, 0.4),
+        ("aiff", 0.6, 0.4),
+        ("flac", 0.6, 0.4),
+        ("mp3", 0.6, 0.4),
+        ("ogg", 0.6, math.nan),
+        ("wav", 1.0, 0.0),
+        ("aiff", 1.0, 0.0),
+        ("flac", 1.0, 0.0),
+        ("mp3", 1.0, 0.0),
+        ("ogg", 1.0, 0.0),
+    ],
+)
+def test_a_truncated_recording_is_transcribed_as_far_as_it_goes(
+    run, tmp_path, capfd, suffix, kept, lacks
+):
+    text = sentence(random.Random(5), 24)
+    samples, _, ends = tones(text, np.random.default_rng(5))
+    seconds = len(samples) / RATE
+    path = tmp_path / f"talk.{suffix}"
+    soundfile.write(path, audio.resample(samples, RATE, 32000), 32000)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert call(path, "--model", run) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    facts = json.loads((tmp_path / "talk.json").read_text())
+    words = [word["word"] for word in facts["words"]]
+    there = sum(end < facts["seconds"] - 0.2 for end in ends)
+    assert words[:there] == text.split()[:there]
+    if lacks == 0.0:
+        assert said == []
+        return
+    (line,) = said
+    assert line.startswith(f"warning: {path} is truncated or damaged: ")
+    assert line.endswith(f"cannot be read, beside {facts['seconds']:.1f} s that can")
+    if math.isnan(lacks):
+        assert ": its end cannot" in line
+    else:
+        missing = float(line.split("damaged: ")[1].split(" s")[0])
+        assert missing + facts["seconds"] == pytest.approx(seconds, abs=0.1)
+        assert missing == pytest.approx(lacks * seconds, abs=0.1 * seconds)
+
+
+def test_an_mp3_that_does_not_count_its_frames_is_not_called_truncated(run, tmp_path, capfd):
+    path = tmp_path / "a.mp3"
+    quiet_then_loud = np.repeat([0.0, 0.1], 8 * RATE)
+    quiet_then_loud *= np.random.default_rng(0).standard_normal(16 * RATE)
+    soundfile.write(path, quiet_then_loud, RATE, bitrate_mode="VARIABLE")
+    content = path.read_bytes()
+    path.write_bytes(content[content.index(content[:2], 2) :])  # from its second frame on
+    with soundfile.SoundFile(path) as file:
+        assert file.frames > 1.2 * len(quiet_then_loud)  # what libsndfile guesses
+    assert call(path, "--model", run) == 0
+    assert "warning: " not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("second", [-1.0, -0.9, 0.0, 1.0])
+def test_channels_that_cancel_each_other(run, tmp_path, capsys, second):
+    text = sentence(random.Random(5), 12)
+    samples = tones(text, np.random.default_rng(5))[0]
+    path = tmp_path / "talk.wav"
+    soundfile.write(path, np.stack([samples, second * samples], 1), RATE)
+    assert call(path, "--model", run) == 0
+    assert json.loads((tmp_path / "talk.json").read_text())["text"] == text
+    warned = [f"warning: {path}: {audio.CANCEL}"] if second < 0 else []
+    assert capsys.readouterr().err.splitlines() == warned
 
 
 def test_nothing_is_lost(run, tmp_path, capsys):

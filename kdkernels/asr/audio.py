@@ -92,13 +92,48 @@ def finite(file: soundfile.SoundFile, start: float = 0.0, end: float | None = No
     return all(np.isfinite(block).all() for block in blocks)
 
 
-def cut_short(path: Path) -> bool:
-    """Whether a RIFF file is shorter than its header says; libsndfile reads it all the same."""
+def cut_short(path: Path) -> int:
+    """Bytes that a RIFF or AIFF file lacks of what its header says; libsndfile reads what there is
+    all the same."""
     with open(path, "rb") as file:
         header = file.read(8)
-    size = int.from_bytes(header[4:8], "little")
+    if header[:4] not in (b"RIFF", b"FORM"):
+        return 0
+    size = int.from_bytes(header[4:], "little" if header[:4] == b"RIFF" else "big")
     streamed = size in (0, 0xFFFFFFFF)
-    return header[:4] == b"RIFF" and not streamed and path.stat().st_size < size + 8
+    return 0 if streamed else max(0, size + 8 - path.stat().st_size)
+
+
+def lacking(path: Path, file: soundfile.SoundFile, samples: int) -> float:
+    """How many samples are missing, of a file of which so many could be read; nan: some.
+
+    0 where none is known to be: not every format says how many there should be.
+    """
+    if cut := cut_short(path):
+        return samples * cut / path.stat().st_size
+    if file.format == "MP3" and not _has_count(path):
+        return 0
+    if file.format == "OGG" and samples >= file.frames and not _has_last_page(path):
+        return math.nan
+    return max(0, file.frames - samples)
+
+
+def _has_count(path: Path) -> bool:
+    """Whether an mp3 says how many frames it has; libsndfile guesses otherwise."""
+    with open(path, "rb") as file:
+        header = file.read(10)
+        if header[:3] == b"ID3":  # a tag before the first frame; seven bits of its size in a byte
+            file.seek(10 + sum(byte << 7 * i for i, byte in enumerate(header[:5:-1])))
+        frame = header + file.read(2000)
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _has_last_page(path: Path) -> bool:
+    """Whether the last page of an ogg is marked as such."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 17)))  # a page is half of that at most
+        header = file.read().rpartition(b"OggS")[2]
+    return len(header) > 1 and bool(header[1] & 4)
 
 
 def check_header(file) -> None:

@@ -18,22 +18,27 @@ from .console import progress, warn, write
 
 SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 BLOCK = 20.0  # seconds of a recording that are read at a time
+PIECE = 4096  # samples, of a file that may be damaged
+LEAST = 0.05  # seconds: what may be missing untold, as encoders pad
 
 
 def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int]]:
     """(float32 [samples, channels], rate) of a recording, read as they are asked for.
 
+    Of one that is truncated or damaged, what comes before; then a warning.
+
     Raises:
-        TrainError: it cannot be read, to its end.
+        TrainError: it cannot be read.
     """
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "there is no such file"
         raise files.TrainError(f"{path} cannot be read as audio: {reason}")
-    remedy = f"`ffmpeg -i {path} whole.wav` may repair it"
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise files.TrainError(f"{path} cannot be read as audio ({error}); {remedy}") from error
+        raise files.TrainError(
+            f"{path} cannot be read as audio ({error}); `ffmpeg -i {path} whole.wav` may repair it"
+        ) from error
     with file:
         rate = file.samplerate
         if not audio.RATES[0] <= rate <= audio.RATES[1]:
@@ -41,18 +46,35 @@ def blocks(path: Path, seconds: float = BLOCK) -> Iterator[tuple[np.ndarray, int
                 f"{path} has {rate} samples a second, expected one of {audio.RATES[0]} to "
                 f"{audio.RATES[1]}"
             )
-        if audio.cut_short(path):
-            raise files.TrainError(f"{path} is truncated: its header promises more; {remedy}")
-        try:
-            while len(block := file.read(math.ceil(seconds * rate), "float32", always_2d=True)):
-                if not np.isfinite(block).all():
-                    raise files.TrainError(f"{path} holds samples that are not numbers; replace it")
+        samples, size = 0, math.ceil(seconds * rate)
+        ended = False
+        while not ended:
+            block, ended = _read(file, size)
+            if not np.isfinite(block).all():
+                raise files.TrainError(f"{path} holds samples that are not numbers; replace it")
+            samples += len(block)
+            if len(block):
                 yield block, rate
-        except soundfile.SoundFileError as error:
-            raise files.TrainError(
-                f"{path} is truncated or damaged ({error}, within {seconds:.0f} s of "
-                f"{file.tell() / rate:.0f} s); {remedy}"
-            ) from error
+        lacking = audio.lacking(path, file, samples) / rate
+        if not lacking < LEAST:
+            what = "its end" if math.isnan(lacking) else f"{lacking:.1f} s"
+            warn(
+                f"{path} is truncated or damaged: {what} cannot be read, beside "
+                f"{samples / rate:.1f} s that can"
+            )
+
+
+def _read(file: soundfile.SoundFile, size: int) -> tuple[np.ndarray, bool]:
+    """(float32 [samples, channels], whether nothing comes after), in pieces: what cannot be read
+    takes only its piece away."""
+    pieces, left = [np.zeros((0, file.channels), np.float32)], size
+    try:
+        while left and len(piece := file.read(min(left, PIECE), "float32", always_2d=True)):
+            pieces.append(piece)
+            left -= len(piece)
+    except soundfile.SoundFileError:
+        return np.concatenate(pieces), True
+    return np.concatenate(pieces), left > 0
 
 
 def transcribe(

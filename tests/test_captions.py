@@ -4,6 +4,7 @@ import datetime
 import io
 import itertools
 import math
+import unicodedata
 
 import hypothesis.strategies as st
 import pytest
@@ -130,6 +131,33 @@ def test_no_caption_is_gone_for_less_than_a_second(words, silence):
     for caption, following in itertools.pairwise(captions.captions(words, seconds=seconds)):
         gap = following.start - caption.end
         assert gap == 0 or gap >= 1000 or following.start - caption.start > 7000
+
+
+CHINESE, HINDI = "\u6c49\u5b57", "\u0915\u0941\u0924\u094d"
+THAI = "\u0e01\u0e34\u0e19\u0e19\u0e49\u0e33"
+
+
+@pytest.mark.parametrize(
+    ("word", "columns", "hyphen"), [(CHINESE, 4, ""), (THAI, 4, ""), (HINDI, 2, "-")]
+)
+def test_words_of_other_scripts_are_cut_between_their_letters(word, columns, hyphen):
+    said = 30 * word
+    shown = captions.captions([Word(said, 0.0, 10.0, 1.0)])
+    lines = [line for caption in shown for line in caption.lines]
+    assert "".join(line.removesuffix(hyphen) for line in lines) == said
+    for line in lines[:-1]:
+        assert line.endswith(hyphen or line[-1])
+        assert 38 <= columns * len(line.removesuffix(hyphen)) / len(word) + len(hyphen) <= 42
+    assert not any(unicodedata.category(line[0]).startswith("M") for line in lines)
+    assert captions.captions([Word(word, 0.0, 1.0, 1.0)] * 5)[0].lines == (" ".join(5 * [word]),)
+    time = sum(caption.end - caption.start for caption in shown)
+    assert time >= 50 * columns * 30  # to read them
+
+
+def test_a_heap_of_marks_is_cut_too():
+    marks = 200 * "\u093f"  # which take room, unlike others
+    shown = captions.captions([Word("a" + marks, 0.0, 1.0, 1.0)])
+    assert all(len(line) <= 42 for caption in shown for line in caption.lines)
 
 
 def test_calm_speech_is_on_time_and_can_be_read():

@@ -2,8 +2,10 @@
 
 What holds, the first before the others:
 
-1. Every word is shown, once and in order. One longer than a line is cut, with a hyphen.
-2. A caption has one or two lines of at most 42 characters, stays 1 to 7 seconds, and overlaps none.
+1. Every word is shown, once and in order. One longer than a line is cut, between letters and with a
+   hyphen, but for scripts that have none.
+2. A caption has one or two lines of at most 42 characters, a wide one (Chinese, Japanese, Korean)
+   counted twice and a combining mark not at all; it stays 1 to 7 seconds, and overlaps none.
 3. It stays long enough to be read at 20 characters a second: past its last word where it must.
 4. It begins with its first word, or as soon as the one before may go.
 5. It stays until the next one where that begins less than a second later and 2 lets it: shorter
@@ -15,6 +17,7 @@ limit to that, `late`, goes before 3: captions in time with the picture, which n
 """
 
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
@@ -37,6 +40,12 @@ might must do does did not no very please who which whose
 """
 WEAK_WORDS = frozenset(WEAK.split())
 
+# Scripts that have no hyphen where a word goes on in the next line.
+UNHYPHENATED = (
+    *("CJK", "HIRAGANA", "KATAKANA", "HANGUL"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+)
+
 
 class Word(NamedTuple):
     text: str  # no white space
@@ -56,6 +65,7 @@ class _Token(NamedTuple):
     """What a line is made of: a word, or a piece of one that is longer than a line."""
 
     text: str
+    width: int
     start: int  # milliseconds
     end: int
     weak: bool
@@ -163,38 +173,65 @@ def _check(words: Sequence[Word]) -> None:
 def _tokens(word: Word, doubt: float) -> list[_Token]:
     mark = DOUBTFUL * (word.confidence < doubt)
     width = LINE - len(mark)
-    pieces = [word.text]
-    if len(word.text) > width:
-        width -= 1
-        pieces = [word.text[i : i + width] + "-" for i in range(0, len(word.text), width)]
-        pieces[-1] = pieces[-1][:-1]
+    pieces = [word.text] if _width(word.text) <= width else _pieces(word.text, width - 1)
     pieces[-1] += mark
     start, length = 1000 * word.start, 1000 * (word.end - word.start)
     times = [round(start + length * i / len(pieces)) for i in range(len(pieces) + 1)]
     weak = word.text.lower() in WEAK_WORDS
-    return [_Token(piece, *time, weak) for piece, time in zip(pieces, pairwise(times), strict=True)]
+    return [
+        _Token(piece, _width(piece), *time, weak)
+        for piece, time in zip(pieces, pairwise(times), strict=True)
+    ]
+
+
+def _width(text: str) -> int:
+    """How many characters of a line it takes."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 1 + (unicodedata.east_asian_width(character) in "WF")
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """A word cut into pieces of that width at most, and their hyphens."""
+    letters: list[str] = []  # with their marks
+    for character in word:
+        if letters and unicodedata.category(character)[0] == "M" and _width(letters[-1]) < 8:
+            letters[-1] += character
+        else:
+            letters.append(character)
+    pieces = [""]
+    for letter in letters:
+        if _width(pieces[-1] + letter) > width:
+            if not unicodedata.name(pieces[-1][-1], "").startswith(UNHYPHENATED):
+                pieces[-1] += "-"
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def _characters(lines: tuple[str, ...]) -> int:
     """Letters and spaces of a caption; the end of a line is a space."""
-    return sum(map(len, lines)) + len(lines) - 1
+    return sum(map(_width, lines)) + len(lines) - 1
 
 
 def _lines(tokens: Sequence[_Token]) -> tuple[float, tuple[str, ...]] | None:
     """(cost, lines): one line where there is room, else two of a like length; None: no room."""
-    texts = [token.text for token in tokens]
-    whole = " ".join(texts)
-    if len(whole) <= LINE:
-        return 0.0, (whole,)
-    best, cut = None, 0
+    texts, whole = [token.text for token in tokens], sum(token.width + 1 for token in tokens) - 1
+    if whole <= LINE:
+        return 0.0, (" ".join(texts),)
+    best, cut, first = None, 0, -1
     for i in range(1, len(texts)):
-        cut += len(texts[i - 1]) + 1
-        first, second = cut - 1, len(whole) - cut
+        first += tokens[i - 1].width + 1
+        second = whole - first - 1
         if max(first, second) <= LINE:
             cost = abs(first - second) / LINE + 0.4 * tokens[i - 1].weak
-            if best is None or cost < best[0]:
-                best = cost, (whole[:first], whole[cut:])
-    return best
+            if best is None or cost < best:
+                best, cut = cost, i
+    return None if best is None else (best, (" ".join(texts[:cut]), " ".join(texts[cut:])))
 
 
 def _groups(tokens: list[_Token]) -> list[list[_Token]]:

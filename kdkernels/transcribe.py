@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         paths = [Path(name) for name in chosen.audio]
         return recordings.run(paths, chosen.out, chosen.force, chosen.doubt, chosen.late, model)
     except files.TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.write(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -102,6 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone
         console.mute(sys.stdout)
         return 0
+    except OSError as error:
+        console.mute(sys.stdout)
+        console.write(f"error: {error}", sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,41 @@ def test_nobody_reads_what_it_says(run, tmp_path, closed):
         assert process.wait(120) == 1
     assert "Broken" not in said
     assert all((tmp_path / f"{name}.srt").exists() for name in names)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_under_what_it_says(run, tmp_path):
+    samples = tones("ab cd", np.random.default_rng(0))[0]
+    soundfile.write(tmp_path / "a.wav", samples, RATE)
+    command = [sys.executable, "-m", "kdkernels.transcribe", "--model", str(run)]
+    with open("/dev/full", "w") as full:
+        to = {"stdout": full, "stderr": subprocess.PIPE, "timeout": 120}
+        done = subprocess.run([*command, str(tmp_path / "a.wav")], **to)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (tmp_path / "a.srt").exists()
+        raw = audio.to_int16(samples).tobytes()
+        done = subprocess.run([*command, "--stream"], **to, input=raw)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: [Errno 28]")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_outputs_are_written_all_or_none(run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tones("ab cd", np.random.default_rng(0))[0], RATE)
+    real = files.write_bytes
+
+    def write_bytes(path, data):
+        if path.suffix == ".vtt":
+            raise files.TrainError(f"cannot write {path}: disk full; run the same command again")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", write_bytes)
+        assert call(path, "--model", run) == 1
+    assert "a.vtt: disk full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+    assert call(path, "--model", run) == 0
 
 
 def test_what_cannot_be_read_is_named_and_the_others_are_done(run, tmp_path, capsys):

@@ -28,10 +28,11 @@ def warn(text: str) -> None:
 
 
 def write(text: str, stream) -> None:
-    """Print a line. If the reader has gone, as in `... | head -1`, the work goes on silently."""
+    """Print a line. Where that cannot be done the work goes on silently: the reader has gone, as in
+    `... | head -1`, the terminal was closed, the disk of the log is full."""
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:
         mute(stream)
 
 

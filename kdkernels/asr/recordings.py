@@ -123,8 +123,15 @@ def transcribe(
         captions.webvtt(shown),
         captions.srt(shown),
     )
-    for output, content in zip(outputs, contents, strict=True):
-        files.write_bytes(output, content.encode())
+    written: list[Path] = []
+    try:
+        for output, content in zip(outputs, contents, strict=True):
+            files.write_bytes(output, content.encode())
+            written.append(output)
+    except files.TrainError:  # the same command again finds none that exists
+        for output in written:
+            output.unlink(missing_ok=True)
+        raise
     return (
         f"{path}: {samples / rate:.1f} s, {len(words)} words, {len(shown)} captions"
         f"{remarks(shown, samples / rate)}, in {time.perf_counter() - start:.1f} s"

@@ -349,6 +349,20 @@ def test_a_broken_hugging_face_dataset(folder, name, content):
         sources.read(spec, True)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_decoded_samples_in_a_table(folder, channels):
+    """As `datasets` decodes several channels: [channels, samples]."""
+    samples = np.random.default_rng(0).uniform(-1, 1, 16000).astype("f4")
+    array = [samples.tolist()] * channels if channels > 1 else samples.tolist()
+    audio = {"array": array, "sampling_rate": 16000}
+    rows = datasets.Dataset.from_dict({"audio": [audio], "text": ["one"]})
+    rows.save_to_disk(str(folder / "hf"))
+    tables.open_table.cache_clear()
+    (shard,), _ = sources.read(str(folder / "hf"), True)
+    ((heard, _),) = shard.utterances({})
+    np.testing.assert_allclose(heard, 32767 * samples, atol=1)
+
+
 @pytest.mark.parametrize("audio", ["", {"bytes": None, "path": None}, 7])
 def test_a_column_audio_that_holds_none(folder, audio):
     rows = datasets.Dataset.from_dict({"audio": [audio], "text": ["one"]})

@@ -80,12 +80,22 @@ class HuggingFace:
     def audio(self, row: int) -> tuple[np.ndarray, int]:
         item = self._item(row)
         if item.get("array") is not None:
-            return np.asarray(item["array"], np.float32).reshape(-1, 1), item["sampling_rate"]
+            return _columns(item["array"]), item["sampling_rate"]
         return audio.decode(self._file(item))
 
     @staticmethod
     def _file(item: dict):
         return io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
+
+
+def _columns(array) -> np.ndarray:
+    """float32 [samples, channels] of [samples], [channels, samples] or [samples, channels]."""
+    samples = np.asarray(array, np.float32)
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"samples of the shape {samples.shape}")
+    if samples.ndim == 1:
+        return samples[:, None]
+    return samples.T if samples.shape[0] < samples.shape[1] else samples
 
 
 class Torchaudio:

@@ -206,6 +206,25 @@ def test_a_switch_in_a_settings_file_is_true_or_false(tmp_path, capsys):
     assert "--skip-bad must be true or false, got 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"learning_rate: null", "--learning-rate has no value; give one, or leave it out"),
+        (b"skip_bad: null", "--skip-bad has no value"),
+        (b"arms: null", "--arms has no value"),
+        (b"transcribed: 3", "--transcribed must be text, in quotes, got 3"),
+        (b"teacher_steps: many", "--teacher-steps must be a number (int), got many"),
+        (b"\xff\xfe", "settings.yaml cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_settings_file_that_makes_no_sense(tmp_path, capsys, content, message):
+    config = tmp_path / "settings.yaml"
+    config.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        options.parse(["--config", str(config)])
+    assert message in capsys.readouterr().err
+
+
 def test_help_shows_defaults_as_they_are_written(capsys):
     with pytest.raises(SystemExit, match="0"):
         options.parse(["--help"])

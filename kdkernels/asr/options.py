@@ -54,7 +54,8 @@ class _Parser(ArgumentParser):
         if wrong:
             name, kind, got = wrong.groups()
             got = got.removeprefix("Got value: ")
-            message = f"--{name.replace('_', '-')} must be a number ({kind}), got {got}"
+            what = "text, in quotes" if kind == "str" else f"a number ({kind})"
+            message = f"--{name.replace('_', '-')} must be {what}, got {got}"
         self.exit(2, f"error: {message}; try --help\n")
 
 
@@ -117,6 +118,10 @@ def parse(arguments: list[str] | None = None) -> Settings:
     for config in configs:
         if not Path(config).is_file():
             parser.error(f"--config: there is no file {config!r}")
+        try:
+            Path(config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--config: {config} cannot be read: {error}")
     shown = [word for word in arguments if not word.startswith("--print_config")]  # afterwards
     preset = parser.parse_args(shown).preset
     parser.set_defaults(PRESETS[preset])

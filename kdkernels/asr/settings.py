@@ -147,6 +147,8 @@ def problem(settings: Settings) -> str | None:
     for setting in fields(Settings):
         value = getattr(settings, setting.name)
         flag = "--" + setting.name.replace("_", "-")
+        if value is None:  # in a settings file
+            return f"{flag} has no value; give one, or leave it out"
         if setting.type is bool and not isinstance(value, bool):  # in a settings file
             return f"{flag} must be true or false, got {value!r}"
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -4,6 +4,9 @@ Inputs `features` float32 [N, frames, MELS] and `lengths` int64 [N], as the enco
 `logits` float32 [N, frames // STACK, C] and `logit_lengths` int64 [N]. N and frames are free. The
 model's metadata, "kdkernels", is JSON: the alphabet (class 0 is blank, class i its character
 i - 1), by how many frames labels come late, and the parameters of the features.
+
+The graph is the encoder alone. `kdkernels.transcribe` also keeps pauses from it (frontend.py): of a
+recording with pauses, its logits differ from the graph's.
 """
 
 import argparse

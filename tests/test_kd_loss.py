@@ -195,6 +195,18 @@ def test_each_row_that_is_near_and_certain(on, noise, C, offset):
         assert_kd_grad(row, expected_row, torch.float32, largest=largest)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("C", [5, 100])
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(0.5, 900.0), (900.0, 0.5)])
+def test_temperatures_far_apart(on, divergence, C, temperature, teacher_temperature):
+    """Logits that are large at one temperature and small at the other."""
+    s, t = randn(24, C, seed=39), randn(24, C, seed=40)
+    size = torch.logspace(-0.5, 1, 24)[:, None]
+    options = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    for a, b in ((size, size), (temperature * size, teacher_temperature * size)):
+        check_each_row(on, a * s, b * t, divergence, **options)
+
+
 @pytest.mark.parametrize("step", [1 / 70, 1 / 64, 1 / 58, 0.2, 3.0])
 @pytest.mark.parametrize("beta", [1e-4, 0.1, 0.5, 0.97])
 def test_any_mixture(on, step, beta):

@@ -25,11 +25,12 @@ struct Maxima {
 };
 
 // d without the normalisers in units of log 2, from logits less their maxima and scales in these
-// units; NaN where p is masked. Where there is one temperature, equal classes have d = 0.
+// units; NaN where both are masked. Where there is one temperature, equal classes have d = 0; where
+// there are two, a product is rounded by no more than the logarithm of a probability.
 template <bool kSameTemperature>
 KDKERNELS_INLINE VecF32 scaled_difference(VecF32 p, VecF32 q, float p_scale, float q_scale) {
   if constexpr (kSameTemperature) return (p - q) * q_scale;
-  return less_product<float>((p - q) * q_scale, p, q_scale - p_scale);
+  return less_product<float>(p * p_scale, q, q_scale);
 }
 
 // function(std::bool_constant<one temperature>, std::integral_constant<int, vectors>), the latter

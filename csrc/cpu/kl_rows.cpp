@@ -3,11 +3,12 @@
 // not depend on the rows beside it.
 //
 // d = log p - log q. Rows in which every d is within 1/4 of the others are "near": for them q is
-// never formed. With a reference c, that of the class with the largest p, to d0 = scaled difference
-// of the logits, the normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss
-// and the gradient keep their relative accuracy down to identical rows, where both are exactly 0,
-// and in certain rows, where the largest p is near 1 and adds nothing. The other rows take two
-// exponentials a class.
+// never formed. With d0 the scaled difference of the logits and c that of the largest logit of each
+// side, the normalisers differ by a factor 1 + sum p expm1(-(d0 - c)), so that d, the loss and the
+// gradient keep their relative accuracy down to identical rows, where both are exactly 0, and in
+// certain rows, where the class of both maxima is nearly all of the mass and adds nothing. Where
+// the maxima are of two classes, c lies between the d0 of these: no single class decides it. The
+// other rows take two exponentials a class.
 
 #include "cpu/kl_rows.h"
 
@@ -33,7 +34,6 @@ template <class V>
 struct Difference {
   V rounded, lost;
 };
-using Reference = Difference<float>;  // c, in units of the logits
 
 template <class V>
 KDKERNELS_INLINE Difference<V> difference(V p, V q) {
@@ -42,18 +42,23 @@ KDKERNELS_INLINE Difference<V> difference(V p, V q) {
   return {rounded, lost == lost ? lost : V{}};
 }
 
+// c of a row, in units of the logits.
+KDKERNELS_INLINE Difference<float> reference(const Maxima& largest, int r) {
+  return difference(largest.p[r], largest.q[r]);
+}
+
 // d0 - c; infinite for a class that one side masks, 0 for one that both mask. What the differences
 // lose is carried along, since the logits may differ by a constant much larger than what is left of
-// d0; the class of c has exactly 0.
-KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, Reference c) {
+// d0; a class of both maxima has exactly 0.
+KDKERNELS_INLINE VecF32 near_difference(VecF32 p, VecF32 q, float scale, Difference<float> c) {
   const Difference<VecF32> d0 = difference(p, q);
   const VecF32 d = ((d0.rounded - c.rounded) + (d0.lost - c.lost)) * scale;
   return d == d ? d : VecF32{};
 }
 
-// Rows number `index[0..n)` of the block, all of them near; `reference`: c of each of the block.
-void near_rows(KLRows& rows, const int* index, const Reference* reference, int n, int64_t C,
-               KLScales scale, const Maxima& largest, float* scratch) {
+// Rows number `index[0..n)` of the block, all of them near.
+void near_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale,
+               const Maxima& largest, float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   double sum[kMaxRows] = {}, change[kMaxRows] = {}, kl[kMaxRows] = {};
   for (int64_t begin = 0; begin < C; begin += kSumBlock) {
@@ -61,12 +66,13 @@ void near_rows(KLRows& rows, const int* index, const Reference* reference, int n
     for (int i = 0; i < n; i++) {
       const float *const p_logits = rows.p[index[i]], *const q_logits = rows.q[index[i]];
       const float p_max = largest.p[index[i]];
+      const Difference<float> row_c = reference(largest, index[i]);
       float* const exps = scratch + 2 * index[i] * C;
       VecF32 row_sum{}, row_change{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
-        const VecF32 d = near_difference(p, q, scale.p, reference[index[i]]);
+        const VecF32 d = near_difference(p, q, scale.p, row_c);
         const VecF32 e = exp<float>(p - p_max, scale.p);
         row_sum += e;
         row_change += e * (expm1_plus<float>(d) - d);
@@ -87,11 +93,12 @@ void near_rows(KLRows& rows, const int* index, const Reference* reference, int n
       const float *const p_logits = rows.p[r], *const q_logits = rows.q[r];
       const float* const exps = scratch + 2 * r * C;
       const float p_factor = float(1 / sum[i]), row_shift = float(shift[i]);
+      const Difference<float> row_c = reference(largest, r);
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
         const int64_t c = begin + k;
         const VecF32 p = load_n(p_logits + c, lanes, -kInf), q = load_n(q_logits + c, lanes, -kInf);
-        const VecF32 d = near_difference(p, q, scale.p, reference[r]) + row_shift;
+        const VecF32 d = near_difference(p, q, scale.p, row_c) + row_shift;
         const VecF32 prob = load_n(exps + c, lanes, 0.0f) * p_factor, plus = expm1_plus<float>(d);
         row_kl += prob * plus;
         if (rows.grad_q[r])
@@ -107,21 +114,18 @@ void near_rows(KLRows& rows, const int* index, const Reference* reference, int n
 // Rows of which some classes are close all the same, or whose loss or gradient is small against the
 // probabilities: the terms p d + q - p and the differences q - p from d where it is small, and so
 // the change of the normalisers, as of near rows. The exponentials are in `scratch`.
-void close_rows(KLRows& rows, const int* index, const Reference* reference, int n, int64_t C,
-                KLScales scale, const Maxima& largest, const float* scratch) {
+void close_rows(KLRows& rows, const int* index, int n, int64_t C, KLScales scale,
+                const Maxima& largest, const float* scratch) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int i = 0; i < n; i++) {
     const int row = index[i];
     const float *const p_logits = rows.p[row], *const q_logits = rows.q[row];
     const float *const p_exps = scratch + 2 * row * C, *const q_exps = p_exps + C;
+    const Difference<float> row_c = reference(largest, row);
     const auto d0_less_c = [&](int64_t c, int lanes) {
       return near_difference(load_n(p_logits + c, lanes, -kInf), load_n(q_logits + c, lanes, -kInf),
-                             scale.p, reference[row]);
+                             scale.p, row_c);
     };
-    // Between the class of the largest p, where d0 is c, and that of the largest q.
-    const double c = double(reference[row].rounded) + double(reference[row].lost);
-    const double between = (double(largest.q[row]) - double(largest.p[row]) + c) * scale.p;
-    const float q_scale = float(std::exp(between));  // to exponentials that are p's where d0 is c
     // The classes that have the maximum are counted, since a certain row has almost nothing else,
     // and what there is must not be rounded to them.
     double sum[2] = {-1, -1}, change = 0, kl = 0;
@@ -136,7 +140,7 @@ void close_rows(KLRows& rows, const int* index, const Reference* reference, int 
         rest[3] = q == 1 ? rest[3] + 1.0f : rest[3];
         const VecF32 d = d0_less_c(c, lanes);
         const auto close = abs<float>(d) < 1.0f;
-        rest[4] += close ? p * (expm1_plus<float>(d) - d) : q * q_scale - p;
+        rest[4] += close ? p * (expm1_plus<float>(d) - d) : q - p;
       });
       for (int j = 0; j < 4; j++) sum[j % 2] += double(reduce_add(rest[j]));
       change += double(reduce_add(rest[4]));
@@ -145,8 +149,7 @@ void close_rows(KLRows& rows, const int* index, const Reference* reference, int 
     change /= 1 + sum[0];
     log2_1p(sum, 2);
     // The change is a sum of terms of either sign: near -1 there is nothing left of it.
-    const float shift =
-        float(change > -0.5 ? std::log1p(change) : (sum[1] - sum[0]) * kLn2 + between);
+    const float shift = float(change > -0.5 ? std::log1p(change) : (sum[1] - sum[0]) * kLn2);
     for (int64_t begin = 0; begin < C; begin += kSumBlock) {
       VecF32 row_kl{};
       for_each_vector<float>(std::min(kSumBlock, C - begin), [&](int64_t k, int lanes) {
@@ -264,7 +267,6 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
 // A row that is not far: near, close, or without a divergence.
 struct Way {
   bool valid, near;
-  Reference reference;
 };
 
 Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale, float p_max,
@@ -279,13 +281,12 @@ Way way_of(const float* p_logits, const float* q_logits, int64_t C, float scale,
     d_high = max(d, d_high);  // a class that is masked in both has d = NaN: ignored
     d_low = min(d, d_low);
   });
-  const float low = -reduce_max(-d_low), spread = reduce_max(d_high) - low;
+  const float low = -reduce_max(-d_low), high = reduce_max(d_high);
+  // Of a constant between the logits much is rounded off: the spread may be as much larger.
+  const float rounded =
+      std::numeric_limits<float>::epsilon() * max(std::fabs(low), std::fabs(high));
   const bool valid = !any(nan) && std::fabs(p_max) < kInf && std::fabs(q_max) < kInf;
-  const int64_t top = valid ? std::find(p_logits, p_logits + C, p_max) - p_logits : 0;
-  // Of a class that q masks there is no difference to refer to.
-  const Reference reference =
-      q_logits[top] > -kInf ? difference(p_logits[top], q_logits[top]) : Reference{};
-  return {valid, spread * scale <= 0.25f, reference};
+  return {valid, (high - low + rounded) * scale <= 0.25f};
 }
 
 template <bool kSameTemperature, int kVectors>
@@ -296,7 +297,6 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
   bool is_far[kMaxRows];
   far_rows<kSameTemperature, kVectors>(rows, n, C, scale, largest, scratch, is_far, left);
   int near[kMaxRows], close[kMaxRows], near_count = 0, close_count = 0;
-  Reference reference[kMaxRows];
   for (int r = 0; r < n; r++) {
     if (is_far[r]) continue;
     if (only_far || (left[r].grad_p && !rows.grad_q[r])) {
@@ -305,7 +305,6 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
       continue;
     }
     const Way way = way_of(rows.p[r], rows.q[r], C, scale.p, largest.p[r], largest.q[r]);
-    reference[r] = way.reference;
     if (!way.valid) {
       rows.value[r] = kNan;
       if (float* const grad = rows.grad_q[r]) std::fill(grad, grad + C, kNan);
@@ -315,8 +314,8 @@ void kl_rows_of(KLRows& rows, int n, int64_t C, KLScales scale, bool only_far, f
       close[close_count++] = r;
     }
   }
-  if (near_count) near_rows(rows, near, reference, near_count, C, scale, largest, scratch);
-  if (close_count) close_rows(rows, close, reference, close_count, C, scale, largest, scratch);
+  if (near_count) near_rows(rows, near, near_count, C, scale, largest, scratch);
+  if (close_count) close_rows(rows, close, close_count, C, scale, largest, scratch);
 }
 
 }  // namespace

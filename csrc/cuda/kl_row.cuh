@@ -23,27 +23,38 @@ struct KLScale {
 
 struct KLStatistics {
   float p_max, q_max;  // largest logits
-  float d_range;       // of p - q, over the classes that are not masked in both
-  float q_top;         // q of the class with the largest p
+  float d_range;       // at most: of p - q, over the classes that are not masked in both
   bool nan;
   double p_sum, q_sum, p_d;  // of exp(p), exp(q), exp(p) d0, from the maxima
+
+  // most: the largest p, q, p - q and q - p, and whether there is a NaN. Of a constant between the
+  // logits much is rounded off: the range of the differences may be as much larger.
+  KDKERNELS_DEVICE KLStatistics(const float* most, const double* sums)
+      : p_max(most[0]),
+        q_max(most[1]),
+        d_range(most[2] + most[3] + 0x1p-23f * fmaxf(fabsf(most[2]), fabsf(most[3]))),
+        nan(most[4] != 0),
+        p_sum(sums[0]),
+        q_sum(sums[1]),
+        p_d(sums[2]) {}
 };
 
-// p - q as two: rounded, and what the rounding lost.
+// p - q as two: rounded, and what the rounding lost; nothing of a masked class.
 struct Difference {
   float rounded, lost;
   KDKERNELS_DEVICE Difference(float p, float q) : rounded(p - q) {
     const float minus_q = rounded - p;
     lost = (p - (rounded - minus_q)) - (q + minus_q);
+    lost = lost == lost ? lost : 0.0f;
   }
 };
 
-// d0, less that of the class with the largest p, which has exactly 0; 0 for a class that is masked
-// in both. The logits may differ by a constant much larger than what is left: what the differences
-// lose is carried along.
+// d0, less that of the largest logits: a class of both maxima has exactly 0; infinite for a class
+// that one side masks, 0 for one that both mask. The logits may differ by a constant much larger
+// than what is left: what the differences lose is carried along.
 KDKERNELS_DEVICE float near_difference(float p, float q, const KLScale& scale,
                                        const KLStatistics& s) {
-  const Difference d0(p, q), top(s.p_max, s.q_top);
+  const Difference d0(p, q), top(s.p_max, s.q_max);
   const float d = ((d0.rounded - top.rounded) + (d0.lost - top.lost)) * scale.factor;
   return d == d ? d : 0.0f;
 }
@@ -78,10 +89,6 @@ class RowOnChip {
       most[4] = p == p && q == q ? most[4] : 1.0f;
     }
     group_.template reduce<Max>(most);
-    float top = -kInfinity;
-#pragma unroll
-    for (int i = 0; i < K; i++) top = p_[i] == most[0] ? fmaxf(top, -q_[i]) : top;
-    top = group_.template reduce<Max>(top);
     float p_sum = 0, q_sum = 0, p_d = 0;
 #pragma unroll
     for (int i = 0; i < K; i++) {
@@ -94,7 +101,7 @@ class RowOnChip {
     }
     double sums[3] = {double(p_sum), double(q_sum), double(p_d)};
     group_.template reduce<Sum>(sums);
-    return {most[0], most[1], most[2] + most[3], -top, most[4] != 0, sums[0], sums[1], sums[2]};
+    return {most, sums};
   }
 
   // f(p, q, exp p, exp q) of every class, into `out` unless that is null. Classes past the end are
@@ -138,7 +145,7 @@ class RowInMemory {
         aligned_(is_aligned(teacher) && is_aligned(student)) {}
 
   KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
-    float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0}, top = -kInfinity;
+    float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
     double p_sum = 0, q_sum = 0, p_d = 0;
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
       float p[kPart], q[kPart], p_max = most[0], q_max = most[1];
@@ -147,7 +154,6 @@ class RowInMemory {
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         const float d = p[j] - q[j];
-        top = p[j] > p_max ? -q[j] : top;
         p_max = fmaxf(p_max, p[j]);
         q_max = fmaxf(q_max, q[j]);
         most[2] = fmaxf(most[2], d);
@@ -175,8 +181,7 @@ class RowInMemory {
     rescale(scale, own, most[0], most[1], p_sum, q_sum, p_d);
     double sums[3] = {p_sum, q_sum, p_d};
     group_.template reduce<Sum>(sums);
-    top = group_.template reduce<Max>(own[0] == most[0] ? top : -kInfinity);
-    return {most[0], most[1], most[2] + most[3], -top, most[4] != 0, sums[0], sums[1], sums[2]};
+    return {most, sums};
   }
 
   template <bool kExpP, bool kExpQ, class F>
@@ -277,51 +282,40 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
     return kl;
   }
 
-  // The normalisers of the ways that need more, all made together: one of them is used.
-  // In a row whose largest p is near 1 that class adds nothing to the change of the normalisers.
-  double sums[5] = {0, 0, 0, 0, 0};
+  // The change of the normalisers, for the ways that need it. In a row whose largest p is near 1
+  // that class adds nothing to it.
+  float part = 0;
   if (near) {
-    float change = 0;
     row.template map<true, false>(scale, s, static_cast<T*>(nullptr),
                                   [&](float p, float q, float p_exp, float) {
                                     const float d = near_difference(p, q, scale, s);
-                                    change += p_exp * (expm1_plus(d) - d);
+                                    part += p_exp * (expm1_plus(d) - d);
                                     return 0.0f;
                                   });
-    sums[0] = double(change);
   } else if (close) {
-    // The classes that have the maximum are counted, since a certain row has almost nothing else,
-    // and what there is must not be rounded to them.
-    float p_rest = 0, q_rest = 0, p_ones = 0, q_ones = 0;
-    row.template map<true, true>(scale, s, static_cast<T*>(nullptr),
-                                 [&](float, float, float p_exp, float q_exp) {
-                                   p_rest = p_exp == 1 ? p_rest : p_rest + p_exp;
-                                   q_rest = q_exp == 1 ? q_rest : q_rest + q_exp;
-                                   p_ones = p_exp == 1 ? p_ones + 1.0f : p_ones;
-                                   q_ones = q_exp == 1 ? q_ones + 1.0f : q_ones;
-                                   return 0.0f;
-                                 });
-    sums[0] = double(p_rest), sums[1] = double(q_rest);
-    sums[2] = double(p_ones), sums[3] = double(q_ones);
+    row.template map<true, true>(
+        scale, s, static_cast<T*>(nullptr), [&](float p, float q, float p_exp, float q_exp) {
+          const float d = near_difference(p, q, scale, s);
+          part += fabsf(d) < 1.0f ? p_exp * (expm1_plus(d) - d) : q_exp - p_exp;
+          return 0.0f;
+        });
   }
-  group.template reduce<Sum>(sums);
+  const double change = group.template reduce<Sum>(double(part)) / s.p_sum;
+  // A sum of terms of either sign: near -1 there is nothing left of it.
+  const float shift = float(change > -0.5 ? log1p(change) : log(s.q_sum) - log(s.p_sum));
 
   float row_kl = 0;
-  const float near_shift = float(log1p(near ? sums[0] / s.p_sum : 0.0));
-  const float near_factor = float(1 / s.p_sum);
-  const double p_rest = sums[0] + (sums[2] - 1), q_rest = sums[1] + (sums[3] - 1);
-  const float p_factor = float(1 / (1 + p_rest)), q_factor = float(1 / (1 + q_rest));
-  const float close_shift = close ? float(log1p(q_rest) - log1p(p_rest)) : 0.0f;
+  const float pf = float(1 / s.p_sum), qf = float(1 / s.q_sum);
   const auto near_change = [&](float p, float q, float p_exp, float) {
-    const float d = near_difference(p, q, scale, s) + near_shift;
-    const float prob = p_exp * near_factor, plus = expm1_plus(d);
+    const float d = near_difference(p, q, scale, s) + shift;
+    const float prob = p_exp * pf, plus = expm1_plus(d);
     row_kl += prob * plus;
     return prob * (plus - d);
   };
   const auto close_change = [&](float p, float q, float p_exp, float q_exp) {
-    const float d = ((s.q_max - q) - (s.p_max - p)) * scale.factor + close_shift;
-    const float prob = p_exp * p_factor, plus = expm1_plus(d);
-    float change = q_exp * q_factor - prob;
+    const float d = near_difference(p, q, scale, s) + shift;
+    const float prob = p_exp * pf, plus = expm1_plus(d);
+    float change = q_exp * qf - prob;
     const bool small = fabsf(d) < 1.0f;  // beyond, q - p + p d loses a few bits at most
     change = small ? prob * (plus - d) : change;
     row_kl += small ? prob * plus : change + (prob > 0 ? prob * d : 0.0f);
@@ -339,7 +333,6 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
   const double summed = group.template reduce<Sum>(double(row_kl));
   if (near || close) kl = summed;
 
-  const float pf = float(1 / s.p_sum), qf = float(1 / s.q_sum);
   correct([&](float p, float q, float p_exp, float q_exp) {
     if (near) return near_change(p, q, p_exp, q_exp);
     if (close) return close_change(p, q, p_exp, q_exp);

@@ -27,6 +27,7 @@ from .common import (
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
+EPSILON = tl.constexpr(2.0**-23)  # of float32
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
@@ -44,11 +45,11 @@ def load_tile(rows, columns, used, C, FLOAT: tl.constexpr):
 # ------------------------------------------------------------------------------ forward KL, float32
 #
 # d = log p - log q, p of the teacher. Rows in which every d is within 1/4 of the others are near:
-# with a reference to d0, the scaled difference of the logits, that of the class with the largest p,
-# the normalisers differ by a factor 1 + sum p expm1(-(d0 - reference)), so that d, the loss and the
+# with d0 the scaled difference of the logits and a reference, that of the largest logits, the
+# normalisers differ by a factor 1 + sum p expm1(-(d0 - reference)), so that d, the loss and the
 # gradient keep their relative accuracy down to identical rows, where both are exactly 0, and in
-# rows whose largest p is near 1, where that class adds nothing. Elsewhere d comes from the logits
-# less their maxima, and q - p is taken from d where d is small.
+# rows whose largest p is near 1, where the class of both maxima adds nothing. Elsewhere q - p is
+# taken from d where d is small.
 
 
 @triton.jit
@@ -87,17 +88,15 @@ def log1p_float32(z):
 def kl_begin(ROWS: tl.constexpr):
     t_max, t_rest = softmax_begin(ROWS, tl.float32)
     s_max, s_rest = softmax_begin(ROWS, tl.float32)
-    return t_max, t_rest, s_max, s_rest, t_max, -t_max, t_max
+    return t_max, t_rest, s_max, s_rest, t_max, -t_max
 
 
 @triton.jit
 def kl_range(teacher, student):
-    """Largest and smallest difference of each row, and the student's logit of the teacher's largest
-    class."""
+    """Largest and smallest difference of each row."""
     d = teacher - student
     masked = (teacher == -INF) & (student == -INF)
-    top = row_min(tl.where(teacher == row_max(teacher), student, INF))
-    return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d)), top
+    return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d))
 
 
 @triton.jit
@@ -105,24 +104,26 @@ def kl_tile(teacher, student, scale):
     """State of a row that is one tile, and the exponentials."""
     t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
     s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
-    d_max, d_min, s_top = kl_range(teacher, student)
-    return (t_max, t_rest, s_max, s_rest, d_max, d_min, s_top), t_exp, s_exp
+    d_max, d_min = kl_range(teacher, student)
+    return (t_max, t_rest, s_max, s_rest, d_max, d_min), t_exp, s_exp
 
 
 @triton.jit
 def kl_join(state, teacher, student, scale):
-    t_before, t_rest, s_max, s_rest, d_max, d_min, s_top = state
-    t_max, t_rest = softmax_join(t_before, t_rest, teacher, scale, tl.float32)
+    t_max, t_rest, s_max, s_rest, d_max, d_min = state
+    t_max, t_rest = softmax_join(t_max, t_rest, teacher, scale, tl.float32)
     s_max, s_rest = softmax_join(s_max, s_rest, student, scale, tl.float32)
-    high, low, top = kl_range(teacher, student)
-    s_top = tl.where(t_max > t_before, top, s_top)
-    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low), s_top
+    high, low = kl_range(teacher, student)
+    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low)
 
 
 @triton.jit
 def kl_near(state, scale):
     """Which rows are near."""
-    return (state[4] - state[5]) * scale <= 0.25
+    d_max, d_min = state[4], state[5]
+    # Of a constant between the logits much is rounded off: the range may be as much larger.
+    rounded = tl.maximum(tl.abs(d_max), tl.abs(d_min)) * EPSILON
+    return (d_max - d_min + rounded) * scale <= 0.25
 
 
 @triton.jit
@@ -135,9 +136,9 @@ def difference(a, b):
 
 @triton.jit
 def near_difference(reference, reference_lost, teacher, student, scale):
-    """d0, less the reference in units of the logits, whose class has exactly 0; 0 for a class that
-    is masked in both. The logits may differ by a constant much larger than what is left: what the
-    differences lose is carried along."""
+    """d0, less the reference in units of the logits: a class of both maxima has exactly 0; 0 for a
+    class that is masked in both. The logits may differ by a constant much larger than what is left:
+    what the differences lose is carried along."""
     d, lost = difference(teacher, student)
     d = tl.where(tl.abs(d) < INF, (d - reference) + (lost - reference_lost), d) * scale
     return tl.where((teacher == -INF) & (student == -INF), 0.0, d)
@@ -145,8 +146,8 @@ def near_difference(reference, reference_lost, teacher, student, scale):
 
 @triton.jit
 def near_reference(state):
-    """The difference of the teacher's largest class."""
-    return difference(state[0], state[6])
+    """The difference of the largest logits."""
+    return difference(state[0], state[2])
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def kl_change(state, t_exp, teacher, student, scale):
 @triton.jit
 def kl_end(state, change, scale):
     """What the gradient needs to know of a row."""
-    t_max, t_rest, s_max, s_rest, _, _, _ = state
+    t_max, t_rest, s_max, s_rest, _, _ = state
     t_rest = softmax_end(t_max, t_rest)
     s_rest = softmax_end(s_max, s_rest)
     near = kl_near(state, scale)
@@ -186,11 +187,7 @@ def kl_terms(row, teacher, student, scale):
 def kl_terms_of(row, t_exp, s_exp, teacher, student, scale):
     t_max, t_inverse, s_max, s_inverse, near, reference, lost, shift = row
     p, q = t_exp * t_inverse, s_exp * s_inverse
-    # Less the maxima where the row is not near: then what is rounded is small.
-    rest_t = teacher - tl.where(near, 0.0, t_max)
-    rest_s = student - tl.where(near, 0.0, s_max)
-    reference, lost = tl.where(near, reference, 0.0), tl.where(near, lost, 0.0)
-    d = near_difference(reference, lost, rest_t, rest_s, scale) + shift
+    d = near_difference(reference, lost, teacher, student, scale) + shift
     plus = expm1_plus(d)
     close = near | (tl.abs(d) < 1)  # beyond, q - p + p d loses a few bits at most
     change = tl.where(close, p * (plus - d), q - p)

@@ -350,6 +350,27 @@ def test_a_class_masked_in_a_teacher_that_is_nearly_equal(on):
         assert_loss(loss, rows, torch.float32, kd=True)
 
 
+@pytest.mark.parametrize("C", [40, 1000])
+@pytest.mark.parametrize("masked", [0, 7])
+def test_a_gradient_beside_a_class_that_only_the_student_masks(on, C, masked):
+    """What the other classes have is small against their probabilities."""
+    t = torch.zeros(3, C)
+    t[2] = 0.1 * randn(C, seed=33).float()
+    s = t + 1e-4 * randn(3, C, seed=34).float()
+    s[1:, masked] = -math.inf
+    s[0] = t[0]
+    log_s, log_t = s.double().log_softmax(-1), t.double().log_softmax(-1)
+    expected = log_t.exp() * torch.expm1(log_s - log_t)
+    expected[1:, masked] = 0
+    x = on.leaf(s)
+    loss = on.kd_loss(x, t.to(on.device), reduction="none")
+    loss.sum().backward()
+    assert loss.tolist() == [0, math.inf, math.inf]
+    on_gpu = on.backend in ("triton", "cuda_emulated", "cuda")
+    for row, expected_row in zip(x.grad, expected, strict=True):
+        assert_kd_grad(row, expected_row, torch.float32, largest=1 / C if on_gpu else None)
+
+
 @pytest.mark.parametrize("constant", [0.3, 1e10, 1e30])
 def test_one_class(on, constant):
     x = on.leaf(torch.full((3, 1), constant))

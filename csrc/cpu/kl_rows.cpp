@@ -257,10 +257,18 @@ void far_rows(KLRows& rows, int n, int64_t C, KLScales scale, Maxima& largest, f
     });
     left[r].grad_p = !any(high >= small);
   }
-  for (int r = 0; masked && r < n; r++) {  // such a class has no gradient
+  for (int r = 0; masked && r < n; r++) {  // such a class has no gradient: see what the others have
     float* const grad = rows.grad_q[r];
-    for (int64_t i = 0; grad && is_far[r] && i < C; i++)
-      grad[i] = rows.q[r][i] > -kInf ? grad[i] : 0.0f;
+    if (!grad || !is_far[r] || rows.value[r] != kInf) continue;
+    const float small = kFarGradient * std::max(std::fabs(p_row[r]), std::fabs(q_row[r]));
+    VecF32 high{};
+    for_each_vector<float>(C, [&](int64_t i, int lanes) {
+      const VecF32 q = load_n(rows.q[r] + i, lanes, -kInf), all = load_n(grad + i, lanes, 0.0f);
+      const VecF32 change = q > -kInf ? all : VecF32{};
+      high = max(high, abs<float>(change));
+      store_n(grad + i, change, lanes);
+    });
+    is_far[r] = any(high >= small);
   }
 }
 

@@ -438,6 +438,21 @@ def test_nan_stays_in_its_row(on, poison, divergence, where):
     assert x.grad.isnan().any(-1).tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_a_row_without_a_class_left(on, divergence, where):
+    s, t = randn(4, 9, seed=22, dtype=torch.float32), randn(4, 9, seed=23, dtype=torch.float32)
+    for logits in (s, t) if where == "both" else (s if where == "student" else t,):
+        logits[2] = -math.inf
+    x, y = on.leaf(s), on.leaf(t)
+    loss = on.kd_loss(x, y, divergence=divergence, reduction="none")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, False, True, False]
+    for grad in (x.grad, y.grad):
+        assert grad.isnan().all(-1).tolist() == [False, False, True, False]
+        assert not grad[[0, 1, 3]].isnan().any()
+
+
 # ---------------------------------------------------------------------------------------- precision
 
 

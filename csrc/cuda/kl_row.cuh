@@ -138,19 +138,16 @@ class RowInMemory {
   static constexpr int kPart = kVector<T>;
 
   KDKERNELS_DEVICE RowInMemory(const T* teacher, const T* student, int64_t C, Group<true> group)
-      : teacher_(teacher),
-        student_(student),
-        C_(C),
-        group_(group),
-        aligned_(is_aligned(teacher) && is_aligned(student)) {}
+      : teacher_(teacher), student_(student), C_(C), group_(group) {}
 
   KDKERNELS_DEVICE KLStatistics statistics(const KLScale& scale) {
     float most[5] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity, 0};
     double p_sum = 0, q_sum = 0, p_d = 0;
+    const bool aligned = is_aligned(teacher_) && is_aligned(student_);
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
       float p[kPart], q[kPart], p_max = most[0], q_max = most[1];
-      load_vector(teacher_, aligned_, c, C_, p);
-      load_vector(student_, aligned_, c, C_, q);
+      load_vector(teacher_, aligned, c, C_, p);
+      load_vector(student_, aligned, c, C_, q);
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         const float d = p[j] - q[j];
@@ -186,11 +183,12 @@ class RowInMemory {
 
   template <bool kExpP, bool kExpQ, class F>
   KDKERNELS_DEVICE void map(const KLScale& scale, const KLStatistics& s, T* out, F f) const {
-    const bool out_aligned = is_aligned(out);
+    const bool aligned = is_aligned(teacher_) && is_aligned(student_),
+               out_aligned = is_aligned(out);
     for (int64_t c = group_.rank * kPart; c < C_; c += group_.size * kPart) {
       float p[kPart], q[kPart], values[kPart];
-      load_vector(teacher_, aligned_, c, C_, p);
-      load_vector(student_, aligned_, c, C_, q);
+      load_vector(teacher_, aligned, c, C_, p);
+      load_vector(student_, aligned, c, C_, q);
 #pragma unroll
       for (int j = 0; j < kPart; j++) {
         values[j] = f(p[j], q[j], kExpP ? scale.exp(p[j] - s.p_max) : 0.0f,
@@ -215,7 +213,6 @@ class RowInMemory {
   const T *teacher_, *student_;
   int64_t C_;
   Group<true> group_;
-  bool aligned_;
 };
 
 constexpr double kFarLoss = 0.125;
@@ -250,10 +247,10 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
 
   double kl = 0;
   bool close = far;
+  const double normalisers = log(s.q_sum) - log(s.p_sum);  // of q over that of p
+  const float pf = float(1 / s.p_sum), qf = float(1 / s.q_sum), log_ratio = float(normalisers);
   {
-    const double p_factor = 1 / s.p_sum, q_factor = 1 / s.q_sum;
-    const float pf = float(p_factor), qf = float(q_factor);
-    const double p_d = s.p_d * p_factor + log(s.q_sum) - log(s.p_sum);
+    const double p_d = s.p_d / s.p_sum + normalisers;
     const bool direct = far && p_d >= kFarLoss;
     float largest = 0;
     if (direct && grad) {
@@ -277,10 +274,10 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
   }
 
   if (AnyGroup::kWholeBlock && !near && !close) {  // alike in all of its threads: the row is done
-    const float pf = float(1 / s.p_sum), qf = float(1 / s.q_sum);
     correct([&](float, float, float p_exp, float q_exp) { return q_exp * qf - p_exp * pf; });
     return kl;
   }
+  if (AnyGroup::kWholeBlock) close = !near;  // one of the two: no register need hold it
 
   // The change of the normalisers, for the ways that need it. In a row whose largest p is near 1
   // that class adds nothing to it.
@@ -300,12 +297,11 @@ KDKERNELS_DEVICE double kl_row(Row& row, const AnyGroup& group, const KLScale& s
           return 0.0f;
         });
   }
-  const double change = group.template reduce<Sum>(double(part)) / s.p_sum;
+  const double change = group.template reduce<Sum>(double(part)) * double(pf);
   // A sum of terms of either sign: near -1 there is nothing left of it.
-  const float shift = float(change > -0.5 ? log1p(change) : log(s.q_sum) - log(s.p_sum));
+  const float shift = change > -0.5 ? float(log1p(change)) : log_ratio;
 
   float row_kl = 0;
-  const float pf = float(1 / s.p_sum), qf = float(1 / s.q_sum);
   const auto near_change = [&](float p, float q, float p_exp, float) {
     const float d = near_difference(p, q, scale, s) + shift;
     const float prob = p_exp * pf, plus = expm1_plus(d);

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Elements of a tile, chains of a program. The interpreter runs a program as a few numpy calls: the
 # larger the tile the better.
-TILE = 1 << 16 if INTERPRETED else 1 << 11
+TILE = 1 << 16 if INTERPRETED else 1 << 10
 LARGEST_ROW = 1 << 13  # classes of a row that is held on chip
 GROUP = 16 if INTERPRETED else 1
 

@@ -9,6 +9,7 @@ from kdkernels.backends._codes import float_dtype, gradient_of
 from .common import (
     GROUP,
     INTERPRETED,
+    LARGEST_ROW,
     TILE,
     as_bytes,
     on_its_device,
@@ -131,7 +132,7 @@ def _ctc(
         num_warps=p.warps,
     )  # fmt: skip
     fast = is_fast(dtype, divergence, temperature, teacher_temperature)
-    tile_rows, block_c, warps = tile_of(T, C, TILE // 4 if kd and not fast else 4 * TILE)
+    tile_rows, block_c, warps = tile_of(T, C, TILE // 2 if kd and not fast else LARGEST_ROW)
     blocks = triton.cdiv(T, tile_rows)
     programs = N * blocks if kd or grad is not None else 1
     kd_partial = empty(programs, dtype=float64)

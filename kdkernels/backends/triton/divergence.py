@@ -193,8 +193,8 @@ def kl_terms_of(row, t_exp, s_exp, teacher, student, scale):
     change = tl.where(close, p * (plus - d), q - p)
     term = tl.where(close, p * plus, change + tl.where(p > 0, p * d, 0.0))
     term = tl.where((teacher == -INF) & (student == -INF), p * 0, term)
-    # Where no class is left there is no gradient of 0 either.
-    return term, tl.where((student == -INF) & (change == change), 0.0, change)
+    # Where no class is left (a shift of nan) there is no gradient of 0 either.
+    return term, tl.where((student == -INF) & (shift == shift), 0.0, change)
 
 
 @triton.jit

@@ -288,7 +288,7 @@ def kd_loss_forward(
     strides = [(0, 0) if x is None else next(found) for x in given]
     unit = unit_of(C, *copies)
     fast = is_fast(dtype, divergence, temperature, teacher_temperature)
-    tile_rows, block, warps = tile_of(rows, C, LARGEST_ROW if fast else TILE // 4)
+    tile_rows, block, warps = tile_of(rows, C, LARGEST_ROW if fast else TILE // 2)
     programs = triton.cdiv(rows, tile_rows)
 
     loss = torch.empty(loss_shape, dtype=dtype, device=device)

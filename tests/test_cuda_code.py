@@ -122,8 +122,7 @@ def _pieces(code):
 
 
 # Instructions of a frame for each pair of (blank, label). Ampere has no addition with a maximum.
-MOST = {"sm_80": 37, "sm_90": 32}
-OF_ONE = 2  # more, where a lane has one pair: blank's symbol and all waiting are for it alone
+MOST = {"sm_80": 36, "sm_90": 32}
 
 
 @ARCHS
@@ -135,8 +134,7 @@ def test_frames_of_the_recursion(arch):
         chunks = [x for x in _pieces(code) if sum("SHFL.UP" in i for i in x) == 2 * frames]
         assert len(chunks) >= 4, name  # of both directions, of the first half and of the second
         for chunk in chunks:
-            most = MOST[arch] + (OF_ONE if pairs == 1 else 0)
-            assert len(chunk) / frames <= most * pairs, (name, len(chunk) / frames / pairs)
+            assert len(chunk) / frames <= MOST[arch] * pairs, (name, len(chunk) / frames / pairs)
             assert not any(re.search(r"\b(MUFU|LDL|STL)\b", x) for x in chunk), name
 
 

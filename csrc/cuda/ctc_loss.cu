@@ -49,19 +49,18 @@ template <class Float>
 void launch_recursion(const CTCProblem<Float>& p, bool occupancies, void* stream) {
   const int64_t slabs = (p.S + 1 + p.width) / p.width;
   const int threads = 64 * int(smaller(kMostWarps, slabs));
-  const auto run = [&](auto kernel, int threads, int ahead_of_warp) {
-    const int shared = threads / 32 * ahead_of_warp * int(sizeof(Number<Float>));
-    launch_with(shared, kernel, p.N, threads, stream, p, occupancies);
+  const auto run = [&](auto kernel, int threads) {
+    launch(kernel, p.N, threads, stream, p, occupancies);
   };
-  if (p.width == 32) return run(recursion_kernel<Float, 1, 8, false>, 64, kAheadOfWarp<1, 8>);
+  if (p.width == 32) return run(recursion_kernel<Float, 1, 8, false>, 64);
   if constexpr (sizeof(Float) == 8) {
-    run(recursion_kernel<Float, 2, 4, true>, threads, kAheadOfWarp<2, 4>);
+    run(recursion_kernel<Float, 2, 4, true>, threads);
   } else if (slabs == 1) {
-    run(recursion_kernel<Float, 2, 8, false>, 64, kAheadOfWarp<2, 8>);
+    run(recursion_kernel<Float, 2, 8, false>, 64);
   } else if (p.width == 64) {
-    run(recursion_kernel<Float, 2, 8, true>, threads, kAheadOfWarp<2, 8>);
+    run(recursion_kernel<Float, 2, 8, true>, threads);
   } else {
-    run(recursion_kernel<Float, 4, 4, true>, threads, kAheadOfWarp<4, 4>);
+    run(recursion_kernel<Float, 4, 4, true>, threads);
   }
 }
 

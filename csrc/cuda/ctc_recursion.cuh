@@ -15,8 +15,7 @@
 // A direction counts positions and frames from its own start; its first pair is one without a
 // label, so that what the first lane's shuffle brings, its own last label, ends in a probability of
 // 0. Halves are of whole chunks, and tables have rows of a fixed size, so that a frame has no tests
-// and its addresses are a pointer and a constant. What a frame reads, its lanes have copied to
-// shared memory half a chunk before, each for itself.
+// and its addresses are a pointer and a constant.
 
 #pragma once
 
@@ -93,17 +92,12 @@ struct Likelihood {
   int e;
 };
 
-template <int kPairs, int kFrames>
-constexpr int kAheadOfWarp = kFrames * 32 * (2 * kPairs + 1);  // numbers that a warp copies ahead
-
 // The first half of a direction's frames, whose labels are stored, or the second (kSecond), which
 // writes occupancies. `states` holds the pairs after the first half: written by it, read by the
-// second. `ahead` is where each lane has copied what its next frames need. Every thread of the
-// block comes here.
-template <class Real, class Float, int kPairs, int kFrames, bool kRing, bool kForward, bool kSecond,
-          class Ahead>
-KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Likelihood likelihood,
-                               Ahead& ahead) {
+// second. Every thread of the block comes here.
+template <class Real, class Float, int kPairs, int kFrames, bool kRing, bool kForward, bool kSecond>
+KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states,
+                               Likelihood likelihood) {
   static_assert(kAhead % kFrames == 0, "");
   constexpr int kWidth = 32 * kPairs, kStep = kForward ? kWidth : -kWidth;
   constexpr int kBlankStep = kForward ? 1 : -1, kSlots = kMostWarps + 1;
@@ -158,40 +152,15 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Li
     const Number<Float>* met_at =
         d.stored + (d.slabs - 1 - slab) * d.slab + row + (31 - d.lane) * kPairs;
 
-    // Frame f of a chunk: the symbols of the lane's labels, what the other direction stored, blank.
-    constexpr int kLanes = 32 * kFrames,
-                  kPart = 16 / sizeof(Number<Float>) < kPairs ? 16 / sizeof(Number<Float>) : kPairs;
-    const int own_labels = int(threadIdx.x) / 32 * kAheadOfWarp<kPairs, kFrames> + d.lane * kPairs;
-    const int own_met = own_labels + kLanes * kPairs;
-    const int own_blank = own_met + kLanes * kPairs - d.lane * (kPairs - 1);
+    Number<Float> p_label[kFrames][kPairs], p_blank[kFrames];
+    Numbers met[kFrames];
     const auto load_frame = [&](int f, int at) {
-      copy_async<1>(ahead, own_blank + f * 32, blank_emission + at * kBlankStep);
+      p_blank[f] = blank_emission[at * kBlankStep];
 #pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        copy_async<1>(ahead, own_labels + f * 32 * kPairs + j, emission[j] + at * kStep);
-      }
-#pragma unroll
-      for (int j = 0; j < (kSecond ? kPairs : 0); j += kPart) {
-        copy_async<kPart>(ahead, own_met + f * 32 * kPairs + j, met_at + at * kStep + j);
-      }
+      for (int j = 0; j < kPairs; j++) p_label[f][j] = emission[j][at * kStep];
+      if (kSecond) met[f] = *reinterpret_cast<const Numbers*>(met_at + at * kStep);
     };
-    constexpr int kGroup = kFrames / 2;  // frames that are copied together
-    const auto load_group = [&](int f, int at) {
-#pragma unroll
-      for (int g = 0; g < kGroup; g++) load_frame(f + g, at + g);
-      end_group_of_copies();
-    };
-    // Read a frame before they are needed.
-    Number<Float> next_blank{}, next_label[kPairs] = {}, next_met[kPairs] = {};
-    const auto read_frame = [&](int f) {
-      next_blank = ahead[own_blank + f * 32];
-#pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        next_label[j] = ahead[own_labels + f * 32 * kPairs + j];
-        if (kSecond) next_met[j] = ahead[own_met + f * 32 * kPairs + j];
-      }
-    };
-    int loaded = -1;                       // the chunk whose frames are copied
+    int loaded = -1;                       // the chunk whose frames are in registers
     Number<double> handed{1, kZeroState};  // what the tile before hands over, a frame a lane
     const bool takes_over = kRing && d.warp == 0, hands = d.lane < kFrames;
     if (takes_over && tile > 0 && hands) handed = d.boundary[begin + d.lane];
@@ -228,21 +197,12 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Li
           if (kRing && hands) ring[to_ring + d.lane] = zero_number<Real>();
         } else {
           if (loaded != chunk) {
-            wait_for_copies<0>();
 #pragma unroll
-            for (int f = 0; f < kFrames; f += kGroup) load_group(f, f);
-            wait_for_copies<1>();
-            read_frame(0);
+            for (int f = 0; f < kFrames; f++) load_frame(f, f);
           }
           loaded = chunk + 1;
 #pragma unroll
           for (int f = 0; f < kFrames; f++) {
-            const Number<Float> p_blank = next_blank;
-            Number<Float> p_label[kPairs], met[kPairs];
-#pragma unroll
-            for (int j = 0; j < kPairs; j++) p_label[j] = next_label[j], met[j] = next_met[j];
-            if ((f + 1) % kGroup == 0) wait_for_copies<0>();
-            read_frame((f + 1) % kFrames);
             const Number<Real> last = label[kPairs - 1];
             Number<Real> before{__shfl_up_sync(~0u, last.m, 1), __shfl_up_sync(~0u, last.e, 1)};
             if (kRing) {
@@ -257,11 +217,11 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Li
               const Number<Real> x = add(blank[j], neighbour);
               const Number<Real> y = add(label[j], skip[j] ? x : blank[j]);
               if (kSecond) {
-                const Number<Float> z = met[kPairs - 1 - j];
+                const Number<Float> z = met[f].x[kPairs - 1 - j];
                 gamma.x[j] = Float(shifted(Number<Real>{y.m * Real(z.m), y.e}, z.e));
               }
-              blank[j] = {x.m * Real(p_blank.m), x.e + p_blank.e};
-              label[j] = {y.m * Real(p_label[j].m), y.e + p_label[j].e};
+              blank[j] = {x.m * Real(p_blank[f].m), x.e + p_blank[f].e};
+              label[j] = {y.m * Real(p_label[f][j].m), y.e + p_label[f][j].e};
               store.x[j] = {Float(label[j].m), label[j].e};
             }
             if (kSecond) {
@@ -269,7 +229,7 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Li
             } else if (d.stores) {
               *reinterpret_cast<Numbers*>(stored + f * kStep) = store;
             }
-            if ((f + 1) % kGroup == 0) load_group(f + 1 - kGroup, f + 1 - kGroup + kFrames);
+            load_frame(f, f + kFrames);
           }
 #pragma unroll
           for (int j = 0; j < kPairs; j++) {
@@ -295,7 +255,6 @@ KDKERNELS_DEVICE void run_half(const Direction<Float>& d, Pair<Real>* states, Li
       }
       if (kRing) __syncthreads();
     }
-    wait_for_copies<0>();
     if (!kSecond && has_slab) {
 #pragma unroll
       for (int j = 0; j < kPairs; j++) states[first + j] = {blank[j], label[j]};
@@ -327,7 +286,7 @@ KDKERNELS_DEVICE Number<double> meet(const Pair<Real>* alpha, const Pair<Real>* 
 
 // A block an utterance: its loss and, where they are wanted, the occupancies of its labels.
 template <class Float, int kPairs, int kFrames, bool kRing>
-__global__ void __launch_bounds__(kRing ? 2 * 32 * kMostWarps : 64, 1)
+__global__ void __launch_bounds__(kRing ? 2 * 32 * kMostWarps : 64)
     recursion_kernel(CTCProblem<Float> p, bool occupancies) {
   const int64_t n = blockIdx.x;
   const Utterance u = p.utterances[n];
@@ -354,17 +313,15 @@ __global__ void __launch_bounds__(kRing ? 2 * 32 * kMostWarps : 64, 1)
     if (threadIdx.x == 0) p.utterance_loss[n] = normalisers - normalisers;
     return;
   }
-  KDKERNELS_DYNAMIC_SHARED(Number<Float>, ahead,
-                           (kRing ? 2 * kMostWarps : 2) * (kAheadOfWarp<kPairs, kFrames>));
   const int positions = d.slabs * p.width;
   const auto half = [&](auto second, auto* states, Likelihood likelihood) {
     using Real = decltype(states->blank.m);
     constexpr bool kSecond = decltype(second)::value;
     if (forward) {
-      run_half<Real, Float, kPairs, kFrames, kRing, true, kSecond>(d, states, likelihood, ahead);
+      run_half<Real, Float, kPairs, kFrames, kRing, true, kSecond>(d, states, likelihood);
     } else {
       run_half<Real, Float, kPairs, kFrames, kRing, false, kSecond>(d, states + positions,
-                                                                    likelihood, ahead);
+                                                                    likelihood);
     }
   };
   const auto meeting = [&](auto* all) {

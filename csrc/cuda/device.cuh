@@ -11,16 +11,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define KDKERNELS_SHARED(T, name, n) __shared__ T name[n]
-// As large as the launch says, and no larger than n.
-#define KDKERNELS_DYNAMIC_SHARED(T, name, n)                        \
-  extern __shared__ __align__(16) unsigned char kdkernels_shared[]; \
-  T* const name = reinterpret_cast<T*>(kdkernels_shared)
 #else
 #include "cuda_emulation.h"
 #define KDKERNELS_SHARED(T, name, n)           \
   static emulation::SharedArray<T, n> name##_; \
   auto& name = name##_
-#define KDKERNELS_DYNAMIC_SHARED KDKERNELS_SHARED
 #endif
 
 #define KDKERNELS_DEVICE __device__ __forceinline__
@@ -33,14 +28,11 @@ namespace cuda {
 
 #ifdef __CUDACC__
 template <class... Parameters, class... Args>
-void launch_with(int shared, void (*kernel)(Parameters...), int64_t blocks, int threads,
-                 void* stream, const Args&... args) {
-  if (blocks <= 0) return;
-  if (shared > (48 << 10)) {  // more than a kernel may have unasked
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+            const Args&... args) {
+  if (blocks > 0) {
+    kernel<<<unsigned(blocks), unsigned(threads), 0, static_cast<cudaStream_t>(stream)>>>(args...);
   }
-  kernel<<<unsigned(blocks), unsigned(threads), unsigned(shared),
-           static_cast<cudaStream_t>(stream)>>>(args...);
 }
 
 class OnDevice {  // makes a device current, and gives the old one back
@@ -63,8 +55,8 @@ class OnDevice {  // makes a device current, and gives the old one back
 };
 #else
 template <class... Parameters, class... Args>
-void launch_with(int, void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
-                 const Args&... args) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+            const Args&... args) {
   if (blocks > 0) emulation::launch(unsigned(blocks), unsigned(threads), [&] { kernel(args...); });
 }
 
@@ -73,11 +65,6 @@ struct OnDevice {
   const char* error() const { return nullptr; }
 };
 #endif
-
-template <class Kernel, class... Args>
-void launch(Kernel kernel, int64_t blocks, int threads, void* stream, const Args&... args) {
-  launch_with(0, kernel, blocks, threads, stream, args...);
-}
 
 // -------------------------------------------------------------------------------------------
 // numbers
@@ -337,42 +324,6 @@ KDKERNELS_DEVICE bool is_last_block(unsigned* counter) {
   if (last) __threadfence();
   return last;
 }
-
-// ----------------------------------------------------------------------------------------
-// copies to shared memory
-//
-// They go on while their thread does other things. What it copied itself it may read after
-// wait_for_copies<k>(), which waits for all groups but the last k. A load into a register is waited
-// for together with younger ones: the machine counts those that are under way in six places, and
-// waits until a count is 0.
-
-#ifdef __CUDACC__
-template <int n, class T>
-KDKERNELS_DEVICE void copy_async(T* to, int i, const T* from) {
-  static_assert(n * sizeof(T) == 8 || n * sizeof(T) == 16, "");
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(unsigned(__cvta_generic_to_shared(to + i))),
-      "l"(from), "n"(int(n * sizeof(T)))
-      : "memory");
-}
-KDKERNELS_DEVICE void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int k>
-KDKERNELS_DEVICE void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(k) : "memory");
-}
-#else
-template <int n, class Array, class T>
-void copy_async(Array& to, int i, const T* from) {
-  emulation::copy_later([&to, i, from] {
-    for (int k = 0; k < n; k++) to[i + k] = from[k];
-  });
-}
-inline void end_group_of_copies() { emulation::end_group_of_copies(); }
-template <int k>
-void wait_for_copies() {
-  emulation::wait_for_copies(k);
-}
-#endif
 
 // ----------------------------------------------------------------------------------------
 // arithmetic

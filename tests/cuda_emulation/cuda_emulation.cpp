@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -67,8 +66,6 @@ struct Fiber {
   bool done;
   const Gate* gate;  // waited for, or null
   unsigned generation;
-  std::vector<std::function<void()>> copies;  // of the group that is not ended
-  std::deque<std::vector<std::function<void()>>> groups;
 };
 
 std::vector<Fiber> fibers;
@@ -101,8 +98,6 @@ void entry() {
 void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.gate = nullptr;
-  fiber.copies.clear();
-  fiber.groups.clear();
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
   *--top = nullptr;  // where a return address would lie: keeps the stack aligned
@@ -232,24 +227,6 @@ void exchange(const void* value, void* result, int bytes, int from) {
   std::memcpy(w.values[side][lane], value, size_t(bytes));
   wait(w.gate, warp_size(warp));
   std::memcpy(result, w.values[side][from], size_t(bytes));
-}
-
-void copy_later(std::function<void()> copy) {
-  fibers[threadIdx.x].copies.push_back(std::move(copy));
-}
-
-void end_group_of_copies() {
-  Fiber& self = fibers[threadIdx.x];
-  self.groups.push_back(std::move(self.copies));
-  self.copies.clear();
-}
-
-void wait_for_copies(size_t groups) {
-  Fiber& self = fibers[threadIdx.x];
-  while (self.groups.size() > groups) {
-    for (const auto& copy : self.groups.front()) copy();
-    self.groups.pop_front();
-  }
 }
 
 void fail(const std::string& message) { throw std::runtime_error(message); }

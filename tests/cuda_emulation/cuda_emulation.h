@@ -32,10 +32,6 @@ void barrier(int line);
 void warp_barrier();
 // Every lane of the warp hands in `bytes` bytes and gets those of lane `from`.
 void exchange(const void* value, void* result, int bytes, int from);
-// What a thread copies asynchronously arrives as late as may be: when it waits.
-void copy_later(std::function<void()> copy);
-void end_group_of_copies();
-void wait_for_copies(size_t groups);  // for all but so many
 [[noreturn]] void fail(const std::string& message);
 
 // Count every launch, every block ever run, every exponential.

@@ -248,6 +248,24 @@ def test_threads_kd_loss(on, threads, shape):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("weighted", [0, 1, 300, 900])
+def test_threads_share_rows_that_count(on, threads, weighted):
+    """Whatever rows have a weight of 0: of padding, all, or all but one."""
+    s, t = randn(900, 40, seed=6).float(), randn(900, 40, seed=7).float()
+    s[weighted:] = torch.nan
+    weight = (torch.arange(900) < weighted).float().to(on.device)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        x = on.leaf(s)
+        loss = on.kd_loss(x, t.to(on.device), weight=weight)
+        results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        assert not results[-1][1][weighted:].any()
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("N", [1, 2, 5])
 @pytest.mark.parametrize("op", ["ctc_loss", "ctc_kd_loss"])

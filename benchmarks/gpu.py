@@ -1,12 +1,14 @@
 """Everything that only a GPU can show, in one command:
 
-    python benchmarks/gpu.py [--only build test sanitize measure] [--limit SECONDS] [--json FILE]
+    python benchmarks/gpu.py [--only build test sanitize measure profile] [--limit SECONDS]
+                             [--json FILE]
 
 Builds the extension where it is missing, runs the tests of the device, runs compute-sanitizer over
-some of them where it is installed, and measures the rows below: CUDA events, caches emptied before
-every step, medians. Writes one JSON file, and a table and logs beside it, after every row; steps
-and rows that were not asked for keep what the file says of them, so that a machine lent for minutes
-can do them one by one. What outlasts the limit is stopped, and said to be.
+some of them where it is installed, measures the rows below (CUDA events, caches emptied before
+every step, medians) and reads the hardware's counters of their kernels where Nsight Compute is
+installed. Writes one JSON file, and a table and logs beside it, after every row; steps and rows
+that were not asked for keep what the file says of them, so that a machine lent for minutes can do
+them one by one. What outlasts the limit is stopped, and said to be.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, time
@@ -31,7 +34,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu-sources"
-STEPS = ("build", "test", "sanitize", "measure")
+STEPS = ("build", "test", "sanitize", "measure", "profile")
+ONCE = "once"  # what runs under the profiler
 BACKENDS = ("cuda", "triton")
 CHECKS = ("memcheck", "racecheck")
 DEVICE = "cuda"
@@ -194,11 +198,13 @@ def test(args):
     )  # fmt: skip
 
 
+def cuda_tool(name):
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
 def sanitize(args):
     """Out-of-bounds accesses and races in the compiled kernels: the edges, every operator."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    tool = cuda_tool("compute-sanitizer")
     if tool is None:
         return outcome(None, ["compute-sanitizer is not installed"])
     tests = pytest("-x", ROOT / "tests" / "test_edges.py", "-k", "cuda-cuda")
@@ -291,14 +297,25 @@ def liger_step(inputs, temperature):
     return step
 
 
-def measure_row(row, timer, bandwidth, names):
-    from kdkernels.bench import contenders as c
+def inputs_of(row):
+    from kdkernels.bench.contenders import make_inputs
     from kdkernels.bench.shapes import Shape
 
-    torch.compiler.reset()  # what was compiled for other shapes counts against a limit
-    dtype = getattr(torch, row.dtype)
     shape = Shape(row.op, row.T, row.N, row.C, row.S)
-    inputs = c.make_inputs(shape, dtype, DEVICE)
+    return make_inputs(shape, getattr(torch, row.dtype), DEVICE)
+
+
+def own_step(op, inputs, backend):
+    from kdkernels.bench.contenders import OURS, step_of
+
+    return step_of(lambda i, x: OURS[op](i, x, backend=backend), inputs)
+
+
+def measure_row(row, timer, bandwidth, names):
+    from kdkernels.bench import contenders as c
+
+    torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+    inputs = inputs_of(row)
     seconds, failed = {}, {}
 
     def measured(name, make):
@@ -316,17 +333,14 @@ def measure_row(row, timer, bandwidth, names):
             rivals["liger"] = lambda: liger_step(inputs, c.TEMPERATURE)
     result = {"op": row.op, "shape": row.label, "seconds": seconds, "floors": row.floors}
     for backend in names:
-
-        def loss(of, backend=backend):
-            return c.step_of(lambda i, x: of(i, x, backend=backend), inputs)
-
-        step = loss(c.OURS[row.op])
+        step = own_step(row.op, inputs, backend)
         own = measured(backend, lambda step=step: step)
         if own is None:
             continue
         seconds[backend], figures = own, {}
         if row.op == "ctc_kd_loss":
-            separate = measured(f"separate {backend}", lambda loss=loss: loss(c.separate_ctc_kd))
+            two = partial(c.separate_ctc_kd, backend=backend)
+            separate = measured(f"separate {backend}", lambda two=two: c.step_of(two, inputs))
             if separate is not None:
                 figures["separate"] = separate / own
         if row.passes:
@@ -348,6 +362,10 @@ def measure_row(row, timer, bandwidth, names):
     return result | ({"failed": failed} if failed else {})
 
 
+def is_wanted(row, args):
+    return not args.row or row.op.startswith(args.row) or args.row in row.label
+
+
 def measure(args, before, save):
     """Rows that fail say why, and the others are measured all the same."""
     timer = Timer(args.rounds)
@@ -356,7 +374,7 @@ def measure(args, before, save):
     rows = {r["op"] + r["shape"]: r for r in before.get("rows", [])}
     result = {"status": 0, "copy_bytes_per_second": bandwidth}
     for row in ROWS:
-        if args.row and not (row.op.startswith(args.row) or args.row in row.label):
+        if not is_wanted(row, args):
             continue
         if time() > STARTED + args.limit:
             result["status"] = TIMED_OUT
@@ -375,6 +393,34 @@ def measure(args, before, save):
         save({**result, "rows": list(rows.values())})
         torch.cuda.empty_cache()
     return {**result, "rows": list(rows.values())}
+
+
+def profile(args):
+    """The counters of the kernels of a step of each row, by a Python of its own under ncu."""
+    tool = cuda_tool("ncu")
+    if tool is None:
+        return outcome(None, ["ncu is not installed"])
+    command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--set", "basic"]
+    command += ["--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis"]
+    command += [sys.executable, __file__, "--only", ONCE, "--backend", *args.backend]
+    command += ["--row", args.row] if args.row else []
+    return run(command, seconds_left(args), log_of(args, "profile"))
+
+
+def steps_to_profile(args):
+    profiler = torch.cuda.cudart()
+    for row in (x for x in ROWS if is_wanted(x, args)):
+        inputs = inputs_of(row)
+        for backend in args.backend:
+            step = own_step(row.op, inputs, backend)
+            for _ in range(3):  # compiles
+                step()
+            torch.cuda.synchronize()
+            print(row.op, row.label, backend, flush=True)
+            profiler.cudaProfilerStart()
+            step()
+            torch.cuda.synchronize()
+            profiler.cudaProfilerStop()
 
 
 # --------------------------------------------------------------------------------------- report
@@ -427,7 +473,7 @@ def table(result):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
+    p.add_argument("--only", nargs="+", choices=(*STEPS, ONCE), default=STEPS)
     p.add_argument(
         "--row", help="measure only rows whose operator begins so, or whose shape contains it"
     )
@@ -445,6 +491,8 @@ def main():
             file=sys.stderr,
         )
         return 2
+    if ONCE in args.only:
+        return steps_to_profile(args)
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
     result["machine"] = describe(args.commit)
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -455,7 +503,7 @@ def main():
         args.json.with_suffix(".md").write_text(table(result) + "\n")
 
     failed = False
-    steps = {"build": build, "test": test, "sanitize": sanitize}
+    steps = {"build": build, "test": test, "sanitize": sanitize, "profile": profile}
     for name in (x for x in STEPS if x in args.only):
         start = perf_counter()
         if name == "measure":

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def gpu(monkeypatch):
     for name in ("DEVICE", "FLUSH"):
         monkeypatch.setattr(module, name, {"DEVICE": "cpu", "FLUSH": 1 << 12}[name])
     monkeypatch.setattr(module, "BACKENDS", ("cpp", "reference"))
-    monkeypatch.setattr(module, "kernel_seconds", lambda step: step() or {"recursion_kernel<float>": 1e-6})
+    monkeypatch.setattr(
+        module, "kernel_seconds", lambda step: step() or {"recursion_kernel<float>": 1e-6}
+    )
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     every = enumerate(module.ROWS)
@@ -146,11 +149,29 @@ def test_steps_call_their_tools(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "BUILT", tmp_path / "built")
     gpu.BUILT.write_text(gpu.sources())
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
-    arguments = ("--only", "build", "test", "sanitize", "--limit", "500", "--backend", "cpp")
+    arguments = ("--only", "build", "test", "sanitize", "profile", "--limit", "500")
+    arguments += ("--backend", "cpp", "--row", "ctc_")
     status, found, _ = run(gpu, monkeypatch, tmp_path, *arguments)
     assert status == 0
     assert found["build"]["said"] == ["already built"]
-    assert [name for name, _ in commands] == ["test.log", "memcheck.log", "racecheck.log"]
+    assert [name for name, _ in commands] == [
+        "test.log",
+        "memcheck.log",
+        "racecheck.log",
+        "profile.log",
+    ]
     assert "cuda-cpp or cuda-reference" in commands[0][1]
     assert {"memcheck", "racecheck"} <= {command[2] for _, command in commands[1:]}
+    under_profiler = commands[-1][1]
+    assert under_profiler[0] == "/bin/ncu"
+    # What runs under the profiler: a step of each of the rows, each between a start and a stop.
+    own = under_profiler.index(sys.executable) + 2
+    did = []
+    profiler = SimpleNamespace(
+        cudaProfilerStart=lambda: did.append("start"), cudaProfilerStop=lambda: did.append("stop")
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: profiler)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *under_profiler[own:]])
+    gpu.main()
+    assert did == ["start", "stop"] * len([row for row in gpu.ROWS if row.op.startswith("ctc_")])
     assert len(gpu.operator_tests()) > 5

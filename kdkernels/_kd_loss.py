@@ -69,7 +69,9 @@ def kd_loss(
         logits are read as they are; arithmetic is in float32 at least, and gradients are rounded to
         the dtype of the logits once, or twice where the loss is multiplied. Classes of logit -inf
         have probability 0 and a gradient of 0; a class that has mass where the divergence divides
-        by a probability of 0 makes the loss of that row infinite, and its gradients stay finite.
+        by a probability of 0 makes the loss of that row infinite, and its gradients stay finite. A
+        probability too small for the arithmetic (below 1e-37 in float32) may count as none, and
+        that of a mask such as -1e4 does.
 
     Raises:
         ValueError: for shapes, devices, temperatures, names and `beta`.

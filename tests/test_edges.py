@@ -333,6 +333,21 @@ def test_masked_classes_of_a_student_have_no_gradient(on):
     assert (x.grad[:, 2:] == 0).all()
 
 
+@pytest.mark.parametrize("teacher_too", [False, True])
+@pytest.mark.parametrize("C", [12, 300])
+def test_a_finite_mask_beside_an_infinite_one_has_no_mass(on, C, teacher_too):
+    s, t = randn(5, C, seed=37).float(), randn(5, C, seed=38).float()
+    s[:, 7], t[:, 7] = -math.inf, -1e4
+    x, y = on.leaf(s), on.leaf(t).requires_grad_(teacher_too)
+    loss = on.kd_loss(x, y, reduction="none")
+    loss.sum().backward()
+    log_s, log_t = s.double().log_softmax(-1), t.double().log_softmax(-1)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    assert_loss(loss, torch.where(p_t > 0, p_t * (log_t - log_s), 0.0).sum(-1), s.dtype, kd=True)
+    assert_kd_grad(x.grad, p_s - p_t, s.dtype)
+    assert not teacher_too or y.grad.isfinite().all()
+
+
 def test_a_class_masked_in_a_teacher_that_is_nearly_equal(on):
     """It keeps the row from being near; what the others have is small all the same."""
     t = 0.3 * randn(8, 17, seed=35).float()

@@ -73,7 +73,7 @@ def weight(op, name, x, shape, device):
         raise bad_value(
             op, name, "without requires_grad (it has no gradient)", "requires_grad=True"
         )
-    return x
+    return x.resolve_neg()
 
 
 def choice(op, name, value, allowed):
@@ -173,7 +173,7 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
 def _integers(op, name, x):
     _with_values(op, name, x)
     if x.dtype in INTEGERS:
-        return x
+        return x.resolve_neg()
     if x.dtype in UNSIGNED:
         return x.to(torch.int64)
     raise bad_type(op, name, "of an integer dtype", x.dtype)

@@ -68,6 +68,26 @@ def test_negated_view(on):
     assert_loss(loss, on.kd_loss((-s).to(on.device), t.to(on.device)), torch.float32, kd=True)
 
 
+def test_negated_views_of_weights_targets_and_lengths(on):
+    """A kernel reads memory as it is, and there every sign is the other one."""
+    g = torch.Generator().manual_seed(4)
+    s, t = torch.randn(2, 7, 3, 5, generator=g).to(on.device)
+    weight = torch.rand(7, 3, generator=g).to(on.device)
+    rest = torch.tensor([[1, 2], [3, 3], [4, 1]]), torch.tensor([7, 5, 6]), torch.tensor([2, 1, 2])
+
+    def results(weight, *rest):
+        return (
+            on.kd_loss(s, t, weight=weight, reduction="none"),
+            *on.ctc_kd_loss(s, t, *rest, frame_weight=weight, reduction="none"),
+        )
+
+    expected = results(weight, *rest)
+    for a, b in zip(
+        results(*(torch._neg_view(-x) for x in (weight, *rest))), expected, strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_default_device_is_not_looked_at(on):
     x = torch.randn(5, 2, 4).to(on.device)
     targets, lengths = torch.tensor([[1], [2]]), ([5, 5], [1, 1])

@@ -16,6 +16,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+INTS = (int, torch.SymInt)  # left as they are: for operator.index torch.compile keeps the value
 Lengths = torch.Tensor | Sequence[int] | int
 
 
@@ -101,7 +102,7 @@ def flag(op, name, value):
 
 def integer(op, name, value):
     try:
-        return operator.index(value)
+        return value if isinstance(value, INTS) else operator.index(value)
     except TypeError:
         raise bad_type(op, name, "to be an integer", type(value).__name__) from None
 
@@ -206,7 +207,10 @@ def _lengths(op, name, x, N, batched):
         x = _integers(op, name, x)
     else:
         try:  # a sequence, a NumPy array, or one number
-            values = [operator.index(value) for value in (x if hasattr(x, "__len__") else [x])]
+            values = [
+                value if isinstance(value, INTS) else operator.index(value)
+                for value in ([x] if isinstance(x, (numbers.Integral, torch.SymInt)) else x)
+            ]
         except TypeError:
             raise bad_type(op, name, "to be integers", repr(x)) from None
         x = torch.tensor(values, dtype=torch.int64, device="cpu")

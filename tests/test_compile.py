@@ -100,6 +100,31 @@ def test_dynamic_shapes_of_halves(on, op):
         stance = "fail_on_recompile"
 
 
+@pytest.mark.parametrize("kind", ["lists", "tuples", "numbers", "size", "blank"])
+def test_numbers_of_a_batch_are_compiled_once(on, kind):
+    """Lengths that are no tensors, and the blank, are inputs of the graph, not constants in it."""
+    x = on.leaf(randn(20, 2, 9).float())
+    targets = torch.tensor([[7, 8], [8, 7]]).to(on.device)
+
+    def loss(x, m, n, blank):
+        if kind == "numbers":
+            return on.ctc_loss(x[:, 0], targets[0], m, n)
+        if kind == "size":
+            return on.ctc_loss(x[:m], targets, [x[:m].shape[0]] * 2, [n, n])
+        if kind == "blank":
+            return on.ctc_loss(x, targets, [20, 20], [2, 2], blank=blank)
+        pair = list if kind == "lists" else tuple
+        return on.ctc_loss(x, targets, pair([m, m - 1]), pair([n, n]))
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    stance = "default"
+    for m, n, blank in ((20, 2, 3), (19, 2, 4), (17, 2, 2), (9, 2, 5)):
+        with torch.compiler.set_stance(stance):
+            value = compiled(x, m, n, blank)
+        torch.testing.assert_close(value, loss(x, m, n, blank))
+        stance = "fail_on_recompile"
+
+
 def test_fake_tensors(on):
     """They have no memory: the operator's fake kernel answers."""
     (x, y, *rest), _ = cases(on)

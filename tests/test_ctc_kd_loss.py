@@ -186,6 +186,17 @@ def test_a_term_of_weight_zero_is_absent(on):
     assert x.grad.isfinite().all()
 
 
+def test_a_term_of_weight_zero_gives_the_teacher_no_gradient(on):
+    """Not even NaN, which 0 times NaN is."""
+    p = problem(seed=17)
+    logits, y = p.logits.clone(), on.leaf(randn(*p.logits.shape, seed=18))
+    logits[2, 0] = torch.nan
+    terms = on.ctc_kd_loss(on.leaf(logits), y, *p.rest, kd_weight=0.0)
+    assert terms.kd.isnan()
+    terms.loss.backward()
+    assert (y.grad == 0).all()
+
+
 def test_impossible_target_keeps_the_gradient_of_kd(on):
     p = problem(seed=19)
     teacher = randn(*p.logits.shape, seed=20)

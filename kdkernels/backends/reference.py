@@ -252,8 +252,10 @@ def ctc_kd_loss_forward(
         if kd_weight:
             grad_student += grad_kd.reshape(T, N, C) * (kd_weight * kd_scale)
         grad_student = _like(grad_student, student_logits)
-    if teacher_grad:
+    if teacher_grad and kd_weight:
         grad_teacher = _like(grad_teacher * (kd_weight * kd_scale), teacher_logits)
+    elif teacher_grad:
+        grad_teacher = torch.zeros_like(teacher_logits)
     dtype = _loss_dtype(student_logits, teacher_logits)
     return (
         loss.to(dtype),

@@ -90,13 +90,13 @@ def _arguments(op, logits, targets, input_lengths, target_lengths, blank, batch_
     logits, *tensors, blank = _checks.ctc(
         op, logits, targets, input_lengths, target_lengths, blank, batch_first
     )
-    if not _op.is_traced(logits):
+    if not _op.is_traced(logits, *tensors):
         tensors = _checks.arrive(op, logits, *tensors, blank)
     return single, (logits, *tensors, blank)
 
 
 def _run(op, arguments, backend):
-    if _op.is_traced(arguments[0]):
+    if _op.is_traced(*arguments[:-1]):
         return getattr(torch.ops.kdkernels, op)(*arguments, backend)
     return backends.select(op, arguments[0].device.type, backend)(*arguments)
 

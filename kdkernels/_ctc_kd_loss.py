@@ -149,7 +149,7 @@ def ctc_kd_loss(
         _checks.flag(op, "rescale", rescale),
     )
     arguments = (student_logits, teacher_logits, *tensors, labelled, frame_weight)
-    if not _op.is_traced(student_logits, teacher_logits):
+    if not _op.is_traced(*arguments):
         arguments = _arrive(*arguments, blank)[:-1]
     terms = _op.call(op, arguments, options, wanted, backend)
     if single and reduction == "none":

@@ -75,7 +75,7 @@ def ctc_loss(
         op, logits, targets, input_lengths, target_lengths, blank, batch_first
     )
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    if not _op.is_traced(logits):
+    if not _op.is_traced(logits, *tensors):
         logits, *tensors, blank = _arrive(logits, *tensors, blank)
 
     wanted = (_op.wants_grad(logits),)

@@ -21,7 +21,7 @@ def call(op, tensors, options, wanted, backend):
     `tensors` begins with the logits, one for each flag of `wanted`, which says what gradients to
     make.
     """
-    if is_traced(*tensors[: len(wanted)]):
+    if is_traced(*tensors):
         outputs = getattr(torch.ops.kdkernels, op)(*tensors, *options, *wanted, backend)
         return outputs[: -len(wanted)]
     if torch.jit.is_tracing():  # it would keep the numbers of this call
@@ -39,17 +39,19 @@ def wants_grad(x):
 
 
 _PLAIN = torch.Tensor.__torch_dispatch__
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
-def is_traced(*logits):
+def is_traced(*tensors):
     """Whether torch must see an operator and not memory, which there may not be: torch.compile, a
-    mode that looks at operators (FakeTensorMode, make_fx), tensors that stand for others
-    (DTensor)."""
+    mode that looks at operators (FakeTensorMode, make_fx), torch.func.functionalize, tensors that
+    stand for others (DTensor)."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    stands_for_others = False
-    for x in logits:  # any() takes five times as long
-        stands_for_others |= type(x).__torch_dispatch__ is not _PLAIN
+    transform = torch._C._functorch.peek_interpreter_stack()
+    stands_for_others = transform is not None and transform.key() == _FUNCTIONALIZE
+    for x in tensors:  # any() takes five times as long
+        stands_for_others |= x is not None and type(x).__torch_dispatch__ is not _PLAIN
     return stands_for_others
 
 

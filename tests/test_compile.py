@@ -6,6 +6,7 @@ from helpers import problem, randn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
 pytestmark = pytest.mark.large  # what surrounds every backend alike
@@ -142,6 +143,53 @@ def test_fake_tensors(on):
         assert paths.shape == (x.shape[1], x.shape[0])
         assert scores.shape == (x.shape[1],)
         assert on.ctc_posteriors(s, *rest).shape == x.shape
+
+
+class Stand(torch.Tensor):
+    """A tensor that stands for another and has no memory of its own, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+
+    def __init__(self, x):
+        self.x = x
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda a: a.x if isinstance(a, cls) else a, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "which", ["targets", "input_lengths", "target_lengths", "labelled", "weight"]
+)
+def test_tensors_without_memory_beside_logits(on, which):
+    (x, y, *rest), _ = cases(on)
+    keys = ("targets", "input_lengths", "target_lengths", "labelled", "weight")
+    labelled, weight = torch.arange(x.shape[1]) > 0, torch.rand(x.shape[:2])
+    tensors = (*rest, labelled.to(on.device), weight.to(on.device))
+    tensors = dict(zip(keys, tensors, strict=True))
+
+    def results(targets, input_lengths, target_lengths, labelled, weight):
+        rest = targets, input_lengths, target_lengths
+        loss = on.ctc_kd_loss(x, y, *rest, labelled=labelled, frame_weight=weight).loss
+        losses = [on.kd_loss(x, y, weight=weight), on.ctc_loss(x, *rest), loss]
+        grads = [torch.autograd.grad(v, (x, y), allow_unused=True) for v in losses]
+        return [*losses, *sum(grads, ()), *on.ctc_align(x, *rest), on.ctc_posteriors(x, *rest)]
+
+    assert_same(results(**(tensors | {which: Stand(tensors[which])})), results(**tensors))
+
+
+def test_functionalize(on):
+    (x, y, *rest), _ = cases(on)
+
+    def results(s, t):
+        loss = on.ctc_kd_loss(s, t, *rest).loss
+        return on.kd_loss(s, t), on.ctc_loss(s, *rest), loss, *on.ctc_align(s, *rest)
+
+    x, y = x.detach(), y.detach()
+    assert_same(torch.func.functionalize(results)(x, y), results(x, y))
 
 
 def test_make_fx_sees_one_operator(on):

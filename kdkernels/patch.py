@@ -60,7 +60,8 @@ def patch(*, backend: str | None = None) -> Patch:
     gradients are those of torch for log-probabilities, except that an impossible target has a
     gradient of 0 and not NaN, and that these are errors: labels and lengths out of range, a
     label that is the blank, targets that are not integers, lengths that are not `[N]`; and
-    transforms of ``torch.func`` (``grad``, ``vmap``), batched gradients and ``torch.jit.trace``.
+    transforms of ``torch.func`` (``grad``, ``vmap``), batched gradients, ``torch.jit.trace`` and
+    ``torch.jit.script``.
 
     Use it as a context manager (``with kdkernels.patch(): ...``), or call it for good and undo it
     with ``handle = kdkernels.patch(); ...; handle.restore()``. Patches nest, in any order.

@@ -48,6 +48,37 @@ def test_target_that_cannot_be_aligned(on, T, target, zero_infinity, dtype):
     assert torch.equal(grad[:, [0, 2]], others_grad[:, [0, 2]])
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("T", "target"),
+    [(2, [1, 2, 3]), (2, [1, 1]), (0, [1])],
+    ids=["too_short", "repeat", "no_frame"],
+)
+def test_target_that_cannot_be_aligned_whatever_its_frames_hold(on, T, target, poison):
+    p = problem(T=9, N=3, C=6, S=3, seed=1)
+    logits, targets, lengths = p.logits.float(), p.targets.clone(), p.input_lengths.clone()
+    target_lengths = p.target_lengths.clone()
+    logits[:T, 1] = poison
+    targets[1, : len(target)] = torch.tensor(target)
+    lengths[1], target_lengths[1] = T, len(target)
+    rest = (targets, lengths, target_lengths)
+    loss, grad = run(on, logits, *rest, reduction="none")
+    assert loss[1] == math.inf
+    assert (grad[:, 1] == 0).all()
+    assert loss[[0, 2]].isfinite().all()
+    assert (on.ctc_posteriors(logits.to(on.device), *rest)[:, 1] == 0).all()
+    paths, scores = on.ctc_align(logits.to(on.device), *rest)
+    assert scores[1] == -math.inf
+    assert (paths[1] == -1).all()
+    assert scores[[0, 2]].isfinite().all()
+    teacher = randn(*logits.shape, seed=2).float().to(on.device)
+    x = on.leaf(logits)
+    terms = on.ctc_kd_loss(x, teacher, *rest, kd_weight=0.0, reduction="none")
+    terms.loss.sum().backward()
+    assert terms.loss[1] == terms.ctc[1] == math.inf
+    assert (x.grad[:, 1] == 0).all()
+
+
 @pytest.mark.parametrize("zero_infinity", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_reductions_of_an_infinite_loss(on, zero_infinity, reduction):

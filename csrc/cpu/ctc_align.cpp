@@ -53,6 +53,7 @@ class Viterbi {
              int64_t ahead, int64_t* path) {
     std::fill(path, path + T, int64_t(-1));
     target_.begin(labels, S, C, blank_class);
+    if (T < target_.frames()) return -kInf;  // whatever the frames hold
     begin(T, S);
     const int64_t block = std::min<int64_t>(kLanes<Float>, rows_in_block(C));
     for (int64_t t = 0; t < T; t += block) {

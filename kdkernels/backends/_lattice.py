@@ -42,6 +42,8 @@ class Lattice:
         wrong = inside & ((labels < 0) | (labels >= C) | (labels == blank))
         self.bad = self.bad | wrong.any(-1)
         labels = torch.where(inside & ~wrong, labels, blank)
+        repeats = (inside[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(-1)
+        self.fits = frames >= counts + repeats  # else no path, whatever the frames hold
 
         self.counts, self.S, self.blank = counts, S, blank
         self.states = torch.full((N, 2 * S + 1), blank, dtype=torch.long, device=device)
@@ -85,6 +87,7 @@ class Lattice:
             log_z = torch.where(
                 self.input_lengths == t + 1, _log_sum_exp(*_last_two(final, self.counts)), log_z
             )
+        log_z = torch.where(self.fits, log_z, -INF)
         return torch.where(self.bad, NAN, log_z), alphas
 
     def forward_backward(self):
@@ -141,7 +144,7 @@ class Lattice:
             best_state = torch.where(
                 here, torch.where(blank >= label, state, state - 1), best_state
             )
-        score = torch.where(self.bad, NAN, score)
+        score = torch.where(self.bad, NAN, torch.where(self.fits, score, -INF))
         paths = torch.full((self.N, self.T), -1, dtype=torch.long, device=score.device)
         possible = score > -INF  # False for nan
         state = torch.where(possible, best_state, 0)

@@ -11,7 +11,7 @@ from kdkernels.backends._codes import float_dtype
 from .common import GROUP, INF, jit, on_its_device, tile_of, tl_dtype, unit_of
 from .ctc_loss import Problem, frame_strides
 from .ctc_rows import ctc_rows_kernel
-from .ctc_states import lattice, lengths_of, own_places
+from .ctc_states import checked_labels, lattice, lengths_of, own_places
 
 
 @jit
@@ -32,13 +32,9 @@ def ctc_align_kernel(
         False, SP,
     )  # fmt: skip
     labels_ptr = targets_ptr + offset
-    wrong = tl.zeros([GROUP, 1], tl.int32)
-    for r in tl.static_range(VECTORS):
-        k = lane * VECTORS + r
-        label = tl.load(labels_ptr + k * targets_s, mask=k < S, other=-1).to(tl.int64)
-        bad = (k < S) & ((label < 0) | (label >= C) | (label == blank))
-        wrong = tl.maximum(wrong, tl.max(bad.to(tl.int32), 1, keep_dims=True))
-    good = good & (wrong == 0)
+    good, fits = checked_labels(
+        labels_ptr, targets_s, S, C, blank, frames, good, short, lane, VECTORS
+    )
     at, inside, skip, _, _, _ = lattice(labels_ptr, targets_s, S, n < 0, lane, VECTORS, LANES)
     own = own_places(lane, VECTORS, LANES)
     before = tl.maximum(lane - 1, 0) + tl.zeros([GROUP, 1], tl.int32)
@@ -90,8 +86,8 @@ def ctc_align_kernel(
         nan = tl.maximum(nan, tl.max((blanks[r] != blanks[r]).to(tl.int32), 1, keep_dims=True))
     end_blank = tl.max(end_blank, 1, keep_dims=True)
     end_label = tl.max(end_label, 1, keep_dims=True)
-    score = tl.where(short, tl.maximum(end_blank, end_label), -INF)
-    score = tl.where(good & (nan == 0), score, float("nan"))
+    score = tl.where(nan == 0, tl.maximum(end_blank, end_label), float("nan"))
+    score = tl.where(good, tl.where(fits, score, -INF), float("nan"))
     tl.store(scores_ptr + n, score, mask=n < N)
     state = tl.where(end_blank >= end_label, 2 * S, 2 * S - 1)
     possible = (n < N) & (score > -INF)

@@ -16,6 +16,7 @@ from .common import (
 from .ctc_states import (
     advance,
     begin,
+    checked_labels,
     chosen,
     lattice,
     lengths_of,
@@ -51,14 +52,11 @@ def ctc_first_kernel(
         GROUP, PADDED, LABELLED, SP,
     )  # fmt: skip
     labels_ptr = targets_ptr + offset
-    good = tl.where(good, 1, 0)
-    for r in tl.static_range(VECTORS):
-        k = lane * VECTORS + r
-        label = tl.load(labels_ptr + k * targets_s, mask=k < S, other=-1).to(tl.int64)
-        wrong = (k < S) & ((label < 0) | (label >= C) | (label == blank))
-        good = tl.minimum(good, 1 - tl.max(wrong.to(tl.int32), 1, keep_dims=True))
+    good, fits = checked_labels(
+        labels_ptr, targets_s, S, C, blank, frames, good, short, lane, VECTORS
+    )
     front = (n < N) & (chain % 2 == 0)
-    tl.store(fault_ptr + n, tl.where(good == 1, tl.where(short, 0, 2), 1).to(tl.int32), mask=front)
+    tl.store(fault_ptr + n, tl.where(good, tl.where(fits, 0, 2), 1).to(tl.int32), mask=front)
     index = tl.arange(0, 128)[None, :]
     total = tl.zeros([GROUP, 1], tl.float64)
     if WEIGHTED:

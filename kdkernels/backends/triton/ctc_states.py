@@ -29,7 +29,7 @@ def lengths_of(
     GROUP: tl.constexpr, PADDED: tl.constexpr, LABELLED: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """Of utterances n [GROUP, 1]: offset of the labels in memory, frames, labels, whether all is
-    in range, whether there is a transcript."""
+    in range, whether there is a transcript, whether the tables have room for the labels."""
     here = n < N
     given_frames = tl.load(input_lengths_ptr + n * input_lengths_stride, mask=here, other=0).to(
         tl.int64
@@ -61,6 +61,24 @@ def lengths_of(
     short = labels < SP
     labels = tl.minimum(labels, SP - 1)
     return offset, frames.to(tl.int32), labels.to(tl.int32), good, transcript, short
+
+
+@triton.jit
+def checked_labels(
+    labels_ptr, targets_s, S, C, blank, frames, good, short, lane, VECTORS: tl.constexpr
+):
+    """What `lengths_of` said, labels looked at too: whether all is in range, and whether the frames
+    suffice."""
+    wrong, repeats = tl.zeros_like(S), tl.zeros_like(S)
+    for r in tl.static_range(VECTORS):
+        k = lane * VECTORS + r
+        label = tl.load(labels_ptr + k * targets_s, mask=k < S, other=-1).to(tl.int64)
+        before = tl.load(labels_ptr + (k - 1) * targets_s, mask=(k > 0) & (k < S), other=-1)
+        bad = (k < S) & ((label < 0) | (label >= C) | (label == blank))
+        same = (k > 0) & (k < S) & (label == before.to(tl.int64))
+        wrong = tl.maximum(wrong, tl.max(bad.to(tl.int32), 1, keep_dims=True))
+        repeats += tl.sum(same.to(tl.int32), 1, keep_dims=True)
+    return good & (wrong == 0), short & (frames >= S + repeats)
 
 
 @triton.jit

@@ -127,7 +127,16 @@ def test_broken_backend_is_an_error(fresh, module, error):
 
 def test_a_backend_that_does_not_run_on_the_device_is_refused(fresh):
     reference = importlib.import_module("kdkernels.backends.reference")
-    fresh.setattr(reference, "supports", lambda op, device_type: device_type == "cuda")
+    fresh.setattr(reference, "supports", lambda device_type: device_type == "cuda")
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"on device type 'cpu', got 'reference'"):
         kd.kd_loss(x, x, backend="reference")
+
+
+def test_a_backend_need_not_have_every_operator(fresh):
+    best = backends.load("cpp")
+    fresh.delattr(best, "ctc_align")
+    assert "cpp" in kd.available("ctc_loss", "cpu")
+    assert "cpp" not in kd.available("ctc_align", "cpu")
+    with pytest.raises(ValueError, match=r"expected `backend` to be one of .*, got 'cpp'"):
+        backends.select("ctc_align", "cpu", "cpp")

@@ -1,10 +1,10 @@
 """The list of backends, best first, and the choice among them.
 
-A backend is a module of this package with functions of fixed names (the values of FUNCTIONS; their
-arguments are those of ``reference``), ``supports(op, device_type)`` and, for the backward pass of
-its losses, ``scale_grad_(grad, grad_loss)``: the gradient made in forward, times what comes in. A
-new backend is one module, one word in NAMES and, where it needs a module that may be missing, one
-line in REQUIRES.
+A backend is a module of this package with functions of fixed names (the values of FUNCTIONS, or
+some of them; their arguments are those of ``reference``), ``supports(device_type)`` and, for the
+backward pass of its losses, ``scale_grad_(grad, grad_loss)``: the gradient made in forward, times
+what comes in. A new backend is one module, one word in NAMES and, where it needs a module that may
+be missing, one line in REQUIRES.
 """
 
 import functools
@@ -59,7 +59,11 @@ def available(op: str, device_type: str | torch.device = "cpu") -> list[str]:
             f"available: expected `device_type` to be a device, got {device_type!r}"
         ) from None
     modules = ((name, load(name)) for name in NAMES)
-    return [name for name, module in modules if module and module.supports(op, device_type)]
+    return [name for name, module in modules if module and _runs(module, op, device_type)]
+
+
+def _runs(module, op, device_type):
+    return hasattr(module, FUNCTIONS[op]) and module.supports(device_type)
 
 
 def select(op, device_type, backend=None):
@@ -82,7 +86,7 @@ def _resolve(op, device_type, backend):
     if backend is None:
         for name in NAMES:  # no further than the first that will do: the others are not imported
             module = load(name)
-            if module and module.supports(op, device_type):
+            if module and _runs(module, op, device_type):
                 return getattr(module, FUNCTIONS[op]), module.scale_grad_
         raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
     if backend not in NAMES:
@@ -93,7 +97,7 @@ def _resolve(op, device_type, backend):
             f"{op}: expected `backend` to be one of {available(op, device_type)}, got {backend!r}: "
             f"module {REQUIRES[backend]} is not installed"
         )
-    if not module.supports(op, device_type):
+    if not _runs(module, op, device_type):
         raise ValueError(
             f"{op}: expected `backend` to be one of {available(op, device_type)} on device type "
             f"{device_type!r}, got {backend!r}"

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-OPS = ("kd_loss", "ctc_loss", "ctc_kd_loss", "ctc_posteriors", "ctc_align")
-
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 DIVERGENCE = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 REDUCTION = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}

@@ -18,7 +18,6 @@ from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
     DTYPE,
-    OPS,
     REDUCTION,
     address,
     dtype_code,
@@ -37,8 +36,8 @@ if TARGET not in _C.targets:
 _kernels = getattr(_C, TARGET)
 
 
-def supports(op: str, device_type: str) -> bool:
-    return op in OPS and device_type == "cpu"
+def supports(device_type: str) -> bool:
+    return device_type == "cpu"
 
 
 def _workspace(logits: Tensor, size: int) -> Tensor:
@@ -147,7 +146,7 @@ def _ctc(
     blank: int,
     reduction: str,
     zero_infinity: bool,
-    loss: tuple[Tensor | None, Tensor | None, Tensor | None],
+    losses: tuple[Tensor | None, Tensor | None, Tensor | None],
     grad: Tensor | None,
     *,
     posteriors: bool = False,
@@ -184,7 +183,7 @@ def _ctc(
         address(labelled),
         address(frame_weight),
         *numbers,
-        *(address(x) for x in loss),
+        *(address(x) for x in losses),
         *frames(grad),
         *frames(grad_teacher),
         workspace.data_ptr(),

@@ -19,7 +19,6 @@ from kdkernels.backends._codes import (
     CTC_ALONE,
     DIVERGENCE,
     DTYPE,
-    OPS,
     REDUCTION,
     address,
     dtype_code,
@@ -37,8 +36,8 @@ _BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.u
 _MOST_DIMS = 8  # of the rows' layout, in the kernels
 
 
-def supports(op: str, device_type: str) -> bool:
-    if _kernels is None or op not in OPS or device_type != DEVICE_TYPE:
+def supports(device_type: str) -> bool:
+    if _kernels is None or device_type != DEVICE_TYPE:
         return False
     return DEVICE_TYPE != "cuda" or _compiled_for_every_gpu()
 

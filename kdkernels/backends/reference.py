@@ -17,7 +17,7 @@ INF = math.inf
 NAN = math.nan
 
 
-def supports(op, device_type):
+def supports(device_type):
     return True
 
 

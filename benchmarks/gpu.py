@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command:
+"""Everything that only a GPU can show, in one command.
 
     python benchmarks/gpu.py [--only build test sanitize measure profile] [--limit SECONDS]
                              [--json FILE]
@@ -473,9 +473,17 @@ def table(result):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--only", nargs="+", choices=(*STEPS, ONCE), default=STEPS)
     p.add_argument(
-        "--row", help="measure only rows whose operator begins so, or whose shape contains it"
+        "--only",
+        nargs="+",
+        choices=(*STEPS, ONCE),
+        default=STEPS,
+        metavar="STEP",
+        help=f"of {', '.join(STEPS)} [all]",
+    )
+    p.add_argument(
+        "--row",
+        help="measure and profile only rows whose operator begins so, or whose shape contains it",
     )
     p.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     p.add_argument("--check", nargs="+", choices=CHECKS, default=CHECKS, help="of the sanitizer")

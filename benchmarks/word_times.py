@@ -1,4 +1,6 @@
-"""How far word times are from the truth: `python benchmarks/word_times.py --model RUN`.
+"""How far word times and confidences are from the truth.
+
+    python benchmarks/word_times.py --model RUN
 
 espeak-ng reports when each word that it speaks begins. Sentences of a split (unseen voices), with
 noise and rooms as in training, are recognised, and their known transcripts are aligned. Errors are

@@ -63,8 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="read standard input (raw 16-bit little-endian samples, or wav) and print words",
     )
-    add("--rate", type=int, default=16000, metavar="HZ", help="of raw samples [16000]")
-    add("--channels", type=int, default=1, metavar="N", help="of raw samples [1]")
+    add("--rate", type=int, default=16000, metavar="HZ", help="sample rate of raw samples [16000]")
+    add("--channels", type=int, default=1, metavar="N", help="channels of raw samples [1]")
     add("--json", action="store_true", help="with --stream: a line of JSON for each word")
     chosen = parser.parse_args(arguments)
     if chosen.stream == bool(chosen.audio):

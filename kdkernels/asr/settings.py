@@ -29,7 +29,7 @@ class Settings:
     seed: int = option(0, "the corpus, the models and the order of batches are functions of it")
     seeds: int = option(1, "repeat with seed, seed + 1, ... and report means and intervals")
 
-    transcribed: str = option("", "own data with transcripts", metavar="DATA")
+    transcribed: str = option("", "own data with transcripts; see below", metavar="DATA")
     untranscribed: str = option("", "own data, transcripts not read", metavar="DATA")
     dev: str = option("", "own data for the curves [from --transcribed]", metavar="DATA")
     test: str = option("", "own data for the final WER", metavar="DATA")
@@ -37,7 +37,7 @@ class Settings:
 
     transcribed_utterances: int = option(5000, "synthesised utterances that teach the teacher")
     untranscribed_utterances: int = option(5000, "synthesised utterances without a transcript")
-    dev_utterances: int = option(120, "utterances of unseen voices for the curves")
+    dev_utterances: int = option(120, "synthesised utterances of unseen voices for the curves")
     test_utterances: int = option(400, "synthesised utterances of other unseen voices")
     student_transcripts: int = option(
         400, "transcripts that the students get: the first ones of the transcribed set"
@@ -76,7 +76,7 @@ class Settings:
     )
     teacher_steps: int = option(3500, "training steps of the teacher")
     student_steps: int = option(3000, "training steps of each student")
-    batch_seconds: float = option(48.0, "audio in a step, with padding: the same for every model")
+    batch_seconds: float = option(48.0, "seconds of audio in a step, with padding, for every model")
     accumulate: int = option(1, "parts in which a step is computed, to save memory")
     learning_rate: float = option(3e-3, "peak learning rate: linear warm-up, then a cosine to zero")
     clip: float = option(1.0, "largest norm of a step's gradient")
@@ -110,9 +110,9 @@ class Settings:
         "leave out untranscribed utterances of which the teacher is less sure: mean, over the "
         "frames whose best class is not blank, of that class's probability",
     )
-    top_k: int = option(0, "keep the k best teacher logits of a frame and the rest's mass; 0: all")
+    top_k: int = option(0, "keep a frame's k greatest teacher logits and the rest's mass; 0: all")
     untranscribed_share: float = option(0.75, "share of untranscribed audio in a distillation step")
-    noise_snr: float = option(0.0, "arm noisy: speech over added noise, dB")
+    noise_snr: float = option(0.0, "arm noisy: speech over added noise, in dB")
 
     precision: str = option("auto", "arithmetic of the encoder", choices=("auto", "bf16", "fp32"))
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")

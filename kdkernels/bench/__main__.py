@@ -46,13 +46,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of torch and of this package"
     )
-    p.add_argument("--rounds", type=int, default=15, help="turns of each contender")
+    p.add_argument("--rounds", type=int, default=15, help="turns that a contender gets at a row")
     p.add_argument(
         "--seconds",
         type=float,
-        help="of a row: who is slow sits rounds out; 1.4 where all is measured",
+        help="for the times of a row, shared by its contenders: a slow one sits rounds out, but "
+        "runs in at least five (default: 1.4 for the whole benchmark; no limit with --op or "
+        "--shape)",
     )
-    p.add_argument("--backend", help="backend of this package, in place of the best")
+    p.add_argument("--backend", help="backend of this package (default: the best one)")
     p.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -63,15 +65,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--huge-pages",
         action="store_true",
-        help="for every contender, as this package asks for them for its outputs (Linux, glibc)",
+        help="give every contender the huge pages that this package asks for (Linux, glibc)",
     )
-    p.add_argument("--memory", action="store_true", help="peak memory of a step too")
-    p.add_argument("--loop", action="store_true", help="between a layer and its update too")
-    p.add_argument("--errors", action="store_true", help="errors against float64 too")
-    p.add_argument("--all", action="store_true", help="memory, loop, errors and one thread")
-    p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
-    p.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
-    p.add_argument("--json", type=Path, help="write the results here too")
+    p.add_argument("--memory", action="store_true", help="also the peak memory of a step")
+    p.add_argument("--loop", action="store_true", help="also times between a layer and its update")
+    p.add_argument("--errors", action="store_true", help="also errors against float64")
+    p.add_argument(
+        "--all",
+        action="store_true",
+        help="--memory, --loop, --errors, and times on one thread; on without --op and --shape",
+    )
+    p.add_argument("--tiny", action="store_true", help="tiny shapes, only to try the script")
+    p.add_argument("--check", action="store_true", help="exit with 1 where a floor is missed")
+    p.add_argument("--json", type=Path, help="file for the results")
     p.add_argument(
         "--out",
         type=Path,

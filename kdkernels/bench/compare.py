@@ -191,10 +191,14 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of each commit [the cores]"
     )
-    p.add_argument("--instructions", action="store_true", help="count them, by callgrind")
-    p.add_argument("--tiny", action="store_true", help="tiny shapes: try the script")
-    p.add_argument("--json", type=Path, help="write the results here too")
-    p.add_argument("--pip", nargs="*", default=[], help="more options of pip install")
+    p.add_argument(
+        "--instructions", action="store_true", help="count instructions (callgrind), not time"
+    )
+    p.add_argument("--tiny", action="store_true", help="tiny shapes, only to try the script")
+    p.add_argument("--json", type=Path, help="file for the results")
+    p.add_argument(
+        "--pip", nargs="*", default=[], help="more options of pip install, which builds both"
+    )
     p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     table = select(tiny=args.tiny)

@@ -52,7 +52,7 @@ def main():
         prog="python -m kdkernels.bench.report", description=__doc__.splitlines()[0]
     )
     p.add_argument("json", type=Path, nargs="+", help="what `kdkernels.bench --json` wrote")
-    p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/")
+    p.add_argument("--root", type=Path, default=Path(), help="folder of README.md and docs/ [.]")
     args = p.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         p.error('matplotlib is missing: pip install "kdkernels[bench]"')

@@ -40,7 +40,7 @@ def test_docs_agree_with_the_results(results):
     plots = tuple(p.name for p in sorted((ROOT / "docs").glob("benchmark-*.png")))
     page = (ROOT / "docs" / PAGE).read_text()
     assert sorted(plots) == sorted(x for x in plots if f"]({x})" in page)
-    before_plots = page.split("\n\n![")[0].strip()
+    before_plots = page.split("\n\n## Figures")[0].strip()
     assert before_plots == markdown.report(results).strip()
 
 
@@ -443,6 +443,7 @@ def test_plots_are_drawn(tmp_path):
 
     points = [{"x": x, "logit_bytes": 4 * x, "ours": 1e-3 * x, "eager": 0.1} for x in (1, 10)]
     sweep = {"op": "kd_loss", "axis": "rows", "others": {"C": 5}, "points": points}
-    result = {"machine": {"caches": {"L2": 48}}, "scaling": [sweep]}
-    assert plots.draw([result], tmp_path) == ("benchmark-scaling.png",)
+    result = {"machine": {"cpu": "A", "caches": {"L2": 48}}, "scaling": [sweep]}
+    drawn = plots.draw([result], tmp_path)
+    assert drawn == {"benchmark-scaling.png": "Time against each size, A"}
     assert (tmp_path / "benchmark-scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -45,6 +45,10 @@ def time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
+def microseconds(seconds: float) -> str:
+    return f"{float(f'{seconds * 1e6:.3g}'):g} us"  # "1020", never "1.02e+03"
+
+
 def times_as_fast(x: float) -> str:
     return f"{x:.0f}x" if x >= 10 else f"{x:.1f}x"
 

@@ -131,7 +131,7 @@ def readme_section(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
+def report(results: list[dict], plots: dict[str, str] | None = None) -> str:
     """Everything that was measured."""
     notes = (
         "- Contenders take turns, round after round, in one process. Figures are medians with "
@@ -157,7 +157,9 @@ def report(results: list[dict], plots: tuple[str, ...] = ()) -> str:
                 parts += [f"### {name}", text]
     if not has_gpu(results):
         parts.append(NO_GPU)
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    if plots:
+        parts.append("## Figures")
+        parts += [f"{said}:\n\n![{said}]({name})" for name, said in plots.items()]
     return "\n\n".join(parts) + "\n"
 
 

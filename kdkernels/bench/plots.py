@@ -3,23 +3,23 @@
 from pathlib import Path
 
 from .cells import NAMES, measured_names
-from .markdown import pages_for_all
+from .markdown import pages_for_all, title
 
 COLOURS = {"ours": "#0b6e4f", "eager": "#b5651d", "trl": "#4b4e8a"}
 
 
-def draw(results: list[dict], folder: Path) -> tuple[str, ...]:
-    """Write PNG files into `folder`; their names, for the results that hold such data."""
-    names = []
+def draw(results: list[dict], folder: Path) -> dict[str, str]:
+    """Write PNG files into `folder`, for the results that hold such data; name -> caption."""
+    captions = {}
     shown = [r for r in results if not pages_for_all(r)]  # the same lines once more
     for i, result in enumerate(shown):
-        for kind, plot in PLOTS.items():
+        for kind, (plot, caption) in PLOTS.items():
             if result.get(kind):
                 name = f"benchmark-{kind.replace('_', '-')}{f'-{i + 1}' if i else ''}.png"
                 figure = plot(result)
                 figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-                names.append(name)
-    return tuple(names)
+                captions[name] = f"{caption}, {title(result)}"
+    return captions
 
 
 def figure(columns: int, rows: int = 1):
@@ -87,4 +87,8 @@ def training_step(result: dict):
     return fig
 
 
-PLOTS = {"scaling": scaling, "accuracy": accuracy, "training_step": training_step}
+PLOTS = {
+    "scaling": (scaling, "Time against each size"),
+    "accuracy": (accuracy, "Errors in float32"),
+    "training_step": (training_step, "Share of the loss in a training step"),
+}

@@ -1,7 +1,18 @@
 """Sections of the report: pure functions from a result to Markdown, empty where it was not
 measured."""
 
-from .cells import MOVES, NAMES, measured_names, named_table, of_theirs, table, time, with_quartiles
+from .cells import (
+    MOVES,
+    NAMES,
+    measured_names,
+    microseconds,
+    named_table,
+    of_theirs,
+    table,
+    time,
+    with_quartiles,
+)
+from .errors import DIFFERS
 from .reasons import missed_because, slower_because
 from .shapes import COPIES
 
@@ -9,6 +20,7 @@ UNSAID = "No reason is recorded for this machine."
 
 
 def every_time(result: dict) -> str:
+    head = ["op", "shape", "kind", "contender", "median", "quartiles", "ratio", "rounds"]
     rows = []
     for row in result["rows"]:
         for name, t in row["seconds"].items():
@@ -21,8 +33,7 @@ def every_time(result: dict) -> str:
     return (
         "The ratio is a contender's time over ours: how many times as fast this package is. For "
         "`copy` and `ctc_loss + kd_loss` it is our time over theirs; `copy` writes to new memory, "
-        "and is compared with our time in new memory.\n\n"
-        + table(["op", "shape", "", "contender", "median", "quartiles", "ratio", "rounds"], rows)
+        "and is compared with our time in new memory.\n\n" + table(head, rows)
     )
 
 
@@ -104,7 +115,7 @@ def traffic(result: dict) -> str:
 def smallest_call(result: dict) -> str:
     rows = [
         f"- `{r['op']}` {r['shape']}: "
-        + ", ".join(f"{NAMES[n]} {t['median'] * 1e6:.3g} us" for n, t in r["seconds"].items())
+        + ", ".join(f"{NAMES[n]} {microseconds(t['median'])}" for n, t in r["seconds"].items())
         for r in result["rows"]
         if r["note"] == "smallest call"
     ]
@@ -130,7 +141,8 @@ def errors(result: dict) -> str:
     text = named_table(result, "errors", show)
     return text and (
         "Relative error of the summed loss / greatest error of the gradient over its largest "
-        f"element. A contender that differs from float64 is marked.\n\n{text}"
+        f"element. Marked: a loss off by more than {DIFFERS['loss_relative']:.0e}, or a gradient "
+        f"by more than {DIFFERS['grad_relative']:.0e}.\n\n{text}"
     )
 
 

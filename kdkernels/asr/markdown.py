@@ -23,6 +23,10 @@ def markdown(r: dict) -> str:
             "",
             *error_rates(r),
             "",
+            "Transcripts: human ones that the model learned from. CER: character error rate. Steps "
+            "and seconds: of the model's own training. Dev: the utterances that the curves are "
+            "measured on.",
+            "",
             *findings(r),
             "",
             "![dev WER against steps and seconds](wer.png) ![cost of the loss](loss.png)",

@@ -1,5 +1,6 @@
 """Pointers in the documents: files that are named exist, and every file has its line."""
 
+import fnmatch
 import inspect
 import re
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_every_file_has_a_line_in_its_table(title, files):
     in_first_column = " ".join(row.split("|")[1] for row in table.splitlines()[2:])
     named = {name for name in re.findall(r"`([\w.]+)`", in_first_column) if name.endswith(ending)}
     assert named == {path.name for path in ROOT.glob(files)}
+
+
+def test_every_test_has_a_line_in_its_table():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| file of `tests/` |")[1].split("\n\n")[0]
+    patterns = re.findall(r"`([\w*]+\.py)`", table)
+    files = {path.name for path in ROOT.glob("tests/*.py")}
+    assert files == {name for pattern in patterns for name in fnmatch.filter(files, pattern)}
+    assert all(fnmatch.filter(files, pattern) for pattern in patterns)
 
 
 @pytest.mark.parametrize("name", sorted(set(kdkernels.__all__) - {"CTCKDTerms"}))

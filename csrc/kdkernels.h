@@ -4,9 +4,9 @@
 // Strides are in elements. A logits pointer is typed by a DType beside it; arithmetic is float32
 // for float32, bfloat16 and float16 logits, float64 for float64 ones, and results other than
 // gradients have the type of the arithmetic. Nothing is allocated: scratch memory is a parameter,
-// and the
-// `..._workspace` function says how many bytes it must have. The formulas stand in the docstrings
-// of the Python package (kdkernels/_kd_loss.py and its neighbours).
+// and the `..._workspace` function says how many bytes it must have (wide: float64 is among the
+// logits). The formulas stand in the docstrings of the Python package (kdkernels/_kd_loss.py and
+// its neighbours).
 
 #pragma once
 
@@ -21,8 +21,6 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2, batchmean = 3 };
 // The kernels of one instruction set. Integers of Python arrive as int64_t, the three enumerations
 // above as their values.
 struct Kernels {
-  // Of a workspace, wide: float64 is among the logits.
-
   // kd_loss
 
   int64_t (*kd_loss_workspace)(int64_t rows, int64_t C, int64_t wide, int64_t threads);
@@ -106,7 +104,7 @@ const char* kd_loss_forward(int64_t rows, int64_t C, int64_t batch, int64_t dims
 
 // sizes: T, N, C, S of padded targets (of concatenated ones a bound), elements of targets.
 // strides: of targets by utterance (negative: concatenated) and by label, of input_lengths, of
-// target_lengths. wide: float64 is among the logits.
+// target_lengths.
 int64_t ctc_loss_workspace(const int64_t* sizes, const int64_t* strides, int64_t wide);
 
 // As Kernels::ctc_loss_forward.

@@ -257,8 +257,8 @@ class Utterance {
       if (ctc) x = less_product<Float>(x, load_n(scratch_row + c, lanes, Float(0)), -factor);
       return x;
     });
-    if (p.grad.dtype !=
-        kOwnDType<Float>) {  // to be rounded once: kept for the entries of the symbols
+    if (p.grad.dtype != kOwnDType<Float>) {
+      // To be rounded once: kept for the entries of the symbols.
       Float* const kept = dense_ + t * target_.symbols();
       for (int64_t u = 0; u < target_.symbols(); u++) kept[u] = dense[target_.class_of_symbol(u)];
       finish_row(grad, p.grad.dtype, p.C, dense);

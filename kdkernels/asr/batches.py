@@ -140,7 +140,8 @@ class Sampler:
         whole = self._counts(chosen)
         pieces = []
         for piece in range(self.accumulate):
-            ids = list(range(len(chosen)))[self.rank + piece * self.world :: self._stride]
+            stride = self.world * self.accumulate
+            ids = list(range(self.rank + piece * self.world, len(chosen), stride))
             mine = [chosen[i] for i in ids]
             # a process without an utterance computes one with weight 0
             counts = self._counts(mine) if mine else (0.0, 0.0)
@@ -148,10 +149,6 @@ class Sampler:
             batch = collate(mine or chosen[:1], ids or [0])
             pieces.append(batch._replace(labelled_share=shares[0], frames_share=shares[1]))
         return pieces
-
-    @property
-    def _stride(self) -> int:
-        return self.world * self.accumulate
 
     @staticmethod
     def _counts(chosen: list[tuple[Pool, int]]) -> tuple[float, float]:

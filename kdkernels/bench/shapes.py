@@ -2,8 +2,8 @@
 
 A floor is what is accepted at the least on two CPU cores in float32, from raw logits to gradient.
 `eager`, `compile`: that many times as fast as torch. `copy`, `separate`: at most that many times
-the time of copying the logits into new memory (COPIES of them), or of this package's
-two losses in turn.
+the time of copying the logits into new memory (COPIES of them), or of this package's two losses in
+turn.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,8 @@
 """The one measuring function: contenders take turns, round after round, in one process.
 
 Whatever else the machine does then hits all alike. Figures are medians over the rounds, with
-quartiles.
-A ratio is the median of the ratios within the rounds that both ran in, so that it compares what ran
-side by side: it need not be that of the two medians.
+quartiles. A ratio is the median of the ratios within the rounds that both ran in, so that it
+compares what ran side by side: it need not be that of the two medians.
 """
 
 import gc

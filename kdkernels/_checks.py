@@ -152,7 +152,7 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
         batched = False
     else:
         raise bad_value(op, name, "of 2 or 3 dims", f"shape {tuple(x.shape)}")
-    _, N, C = x.shape
+    T, N, C = x.shape
 
     if not isinstance(targets, torch.Tensor):
         raise bad_type(op, "targets", "to be a tensor", type(targets).__name__)
@@ -162,7 +162,8 @@ def ctc(op, x, targets, input_lengths, target_lengths, blank, batch_first, name=
     if not batched and targets.dim() == 1:
         targets = targets.unsqueeze(0)
     if targets.dim() == 2 and targets.shape[0] != N:
-        raise bad_value(op, "targets", f"of {N} rows", f"shape {tuple(targets.shape)}")
+        hint = "; for logits [N, T, C] give batch_first=True" if targets.shape[0] == T else ""
+        raise bad_value(op, "targets", f"of {N} rows", f"shape {tuple(targets.shape)}{hint}")
     input_lengths = _lengths(op, "input_lengths", input_lengths, N, batched)
     target_lengths = _lengths(op, "target_lengths", target_lengths, N, batched)
     blank = integer(op, "blank", blank)
@@ -249,11 +250,15 @@ def ctc_values(op, T, C, targets, input_lengths, target_lengths, blank, labelled
     least, most = (x.item() for x in torch.aminmax(labels))
     if low <= least and most < C and not least <= blank <= most:
         return
-    labels = targets.long() if inside is None else targets[inside].long()
-    wrong = labels[(labels < 0) | (labels >= C) | (labels == blank)]
-    if len(wrong):
+    labels = targets.long()
+    wrong = (labels < 0) | (labels >= C) | (labels == blank)
+    if inside is not None:
+        wrong &= inside
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        n = at[0] if padded else int((target_lengths.cumsum(0) <= at[0]).sum())
         expected = f"in [0, {C}) and other than blank ({blank})"
-        raise bad_value(op, "targets", expected, wrong[0].item())
+        raise bad_value(op, "targets", expected, f"{labels[at].item()} (utterance {n})")
 
 
 def arrive(op, logits, targets, input_lengths, target_lengths, blank, labelled=None):

@@ -104,10 +104,18 @@ def test_labels_out_of_range(on, op, blank, wrong, shape, dtype):
     if shape == "concatenated":
         targets = torch.cat([row[:n] for row, n in zip(targets, counts, strict=True)])
     message = (
-        rf"^{op}: expected `targets` in \[0, 7\) and other than blank \({blank}\), got {value}$"
+        rf"^{op}: expected `targets` in \[0, 7\) and other than blank \({blank}\), got {value} "
+        r"\(utterance 1\)$"
     )
     with pytest.raises(ValueError, match=message):
         call(on, op, targets=targets, target_lengths=counts, input_lengths=[12] * 3, blank=blank)
+
+
+@pytest.mark.parametrize("op", CTC)
+def test_batch_first_is_suggested(on, op):
+    logits = torch.zeros(3, 12, 7)  # [N, T, C], for targets [N, S]
+    with pytest.raises(ValueError, match=r"of 12 rows, .* give batch_first=True$"):
+        call(on, op, logits=logits)
 
 
 @pytest.mark.parametrize("op", ["ctc_loss", "ctc_kd_loss"])

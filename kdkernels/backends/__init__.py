@@ -10,6 +10,7 @@ be missing, one line in REQUIRES.
 import functools
 import importlib
 import os
+import warnings
 
 import torch
 
@@ -87,6 +88,13 @@ def _resolve(op, device_type, backend):
         for name in NAMES:  # no further than the first that will do: the others are not imported
             module = load(name)
             if module and _runs(module, op, device_type):
+                if device_type == "cpu" and load("cpp") is None:
+                    warnings.warn(
+                        f"{op}: kdkernels has no compiled extension here, so that backend "
+                        f"{name!r} runs, which is slow. Was it installed, and is this the folder "
+                        f"of its sources? There, an editable install has one: pip install -e .",
+                        stacklevel=5,
+                    )
                 return getattr(module, FUNCTIONS[op]), module.scale_grad_
         raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")
     if backend not in NAMES:

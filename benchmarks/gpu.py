@@ -270,17 +270,20 @@ def copy_bandwidth(timer):
 def kernel_seconds(step, steps=10):
     """Name of each kernel (without its parameters) -> its device seconds in one step, with warm
     caches."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
     found = {}
     for event in profiled.key_averages():
-        name = re.sub(r"^void |\(anonymous namespace\)::|\w+::(?=\w)|\(.*$", "", event.key)
+        name = without_parameters(event.key)
         found[name] = found.get(name, 0) + event.device_time_total / 1e6 / steps
-    return found
+    return {name: seconds for name, seconds in found.items() if seconds > 0}
+
+
+def without_parameters(kernel):
+    """A kernel's name as the profiler gives it, without namespaces and parameters."""
+    return re.sub(r"^void |\(anonymous namespace\)::|\w+::|\(.*$", "", kernel)
 
 
 def liger_step(inputs, temperature):

@@ -16,7 +16,6 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-INTS = (int, torch.SymInt)  # left as they are: for operator.index torch.compile keeps the value
 Lengths = torch.Tensor | Sequence[int] | int
 
 
@@ -100,9 +99,14 @@ def flag(op, name, value):
     return bool(value)
 
 
+def _index(value):
+    """operator.index, for which torch.compile would make an int a constant of its graph."""
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
 def integer(op, name, value):
     try:
-        return value if isinstance(value, INTS) else operator.index(value)
+        return _index(value)
     except TypeError:
         raise bad_type(op, name, "to be an integer", type(value).__name__) from None
 
@@ -208,10 +212,8 @@ def _lengths(op, name, x, N, batched):
         x = _integers(op, name, x)
     else:
         try:  # a sequence, a NumPy array, or one number
-            values = [
-                value if isinstance(value, INTS) else operator.index(value)
-                for value in ([x] if isinstance(x, (numbers.Integral, torch.SymInt)) else x)
-            ]
+            one = isinstance(x, (numbers.Integral, torch.SymInt))
+            values = [_index(value) for value in ([x] if one else x)]
         except TypeError:
             raise bad_type(op, name, "to be integers", repr(x)) from None
         x = torch.tensor(values, dtype=torch.int64, device="cpu")

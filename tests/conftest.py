@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 # The sanitizers look at the C++ core alone.
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
-if not SANITIZED and os.environ.get("KDKERNELS_EMULATION") != "0":
+if not SANITIZED and os.environ.get("KDKERNELS_EMULATION") != "0":  # 0: benchmarks/gpu.py
     import cuda_emulation
 
     cuda_emulation.register()

@@ -1,4 +1,4 @@
-"""Pointers in the documents: files that are named exist, and every file has its line."""
+"""The documents: files that are named exist, every file has its line, README's Python runs."""
 
 import fnmatch
 import inspect
@@ -58,6 +58,15 @@ def test_every_test_has_a_line_in_its_table():
     files = {path.name for path in ROOT.glob("tests/*.py")}
     assert files == {name for pattern in patterns for name in fnmatch.filter(files, pattern)}
     assert all(fnmatch.filter(files, pattern) for pattern in patterns)
+
+
+def test_python_in_readme_runs_from_top_to_bottom():
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    for block in blocks:
+        exec(block, names)
+    assert names["terms"].loss.isfinite()
+    assert names["logits"].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(set(kdkernels.__all__) - {"CTCKDTerms"}))

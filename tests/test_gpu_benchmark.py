@@ -135,6 +135,26 @@ def test_a_command_is_stopped_and_its_log_kept(gpu, tmp_path):
     assert (tmp_path / "log").read_text() == "begun\n"
 
 
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (
+            "void kdkernels::cuda::(anonymous namespace)::kl_kernel<float, 8, false, true>"
+            "(kdkernels::cuda::(anonymous namespace)::Problem, kdkernels::cuda::KLScale, int)",
+            "kl_kernel<float, 8, false, true>",
+        ),
+        (
+            "void kdkernels::cuda::statistics_kernel<kdkernels::cuda::BFloat16, float, true>"
+            "(kdkernels::cuda::CTCProblem<float>, int, bool)",
+            "statistics_kernel<BFloat16, float, true>",
+        ),
+        ("ctc_first_kernel", "ctc_first_kernel"),
+    ],
+)
+def test_names_of_kernels(gpu, kernel, name):
+    assert gpu.without_parameters(kernel) == name
+
+
 def test_steps_call_their_tools(gpu, monkeypatch, tmp_path):
     """Of commands only what they are."""
     commands = []

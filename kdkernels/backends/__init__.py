@@ -93,7 +93,7 @@ def _resolve(op, device_type, backend):
                         f"{op}: kdkernels has no compiled extension here, so that backend "
                         f"{name!r} runs, which is slow. Was it installed, and is this the folder "
                         f"of its sources? There, an editable install has one: pip install -e .",
-                        stacklevel=5,
+                        stacklevel=2,
                     )
                 return getattr(module, FUNCTIONS[op]), module.scale_grad_
         raise NotImplementedError(f"{op}: no backend runs on device type {device_type!r}")

@@ -137,11 +137,6 @@ def row_max(x):
 
 
 @triton.jit
-def row_min(x):
-    return tl.min(x, 1, keep_dims=True)
-
-
-@triton.jit
 def exp_scaled(x, scale, FLOAT: tl.constexpr):
     """e^(x scale)"""
     if FLOAT == tl.float64:
@@ -167,13 +162,19 @@ def softmax_tile(x, scale, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def softmax_join(top, rest, x, scale, FLOAT: tl.constexpr):
-    """Takes a tile along."""
-    here, here_rest, _ = softmax_tile(x, scale, FLOAT)
+def softmax_merge(top, rest, here, here_rest, scale, FLOAT: tl.constexpr):
+    """The same of what two were made of."""
     above = rest + (here_rest + 1) * exp_scaled(here - top, scale, FLOAT)
     below = here_rest + (rest + 1) * exp_scaled(top - here, scale, FLOAT)
     joined = tl.where(top > here, above, tl.where(top < here, below, rest + here_rest + 1))
     return tl.maximum(top, here), joined
+
+
+@triton.jit
+def softmax_join(top, rest, x, scale, FLOAT: tl.constexpr):
+    """Takes a tile along."""
+    here, here_rest, _ = softmax_tile(x, scale, FLOAT)
+    return softmax_merge(top, rest, here, here_rest, scale, FLOAT)
 
 
 @triton.jit

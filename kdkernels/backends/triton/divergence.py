@@ -15,11 +15,11 @@ from .common import (
     LN2,
     exp_scaled,
     row_max,
-    row_min,
     row_sum,
     softmax_begin,
     softmax_end,
     softmax_join,
+    softmax_merge,
     softmax_tile,
     widened,
 )
@@ -27,7 +27,6 @@ from .common import (
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
-EPSILON = tl.constexpr(2.0**-23)  # of float32
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
@@ -44,12 +43,12 @@ def load_tile(rows, columns, used, C, FLOAT: tl.constexpr):
 
 # ------------------------------------------------------------------------------ forward KL, float32
 #
-# d = log p - log q, p of the teacher. Rows in which every d is within 1/4 of the others are near:
-# with d0 the scaled difference of the logits and a reference, that of the largest logits, the
-# normalisers differ by a factor 1 + sum p expm1(-(d0 - reference)), so that d, the loss and the
-# gradient keep their relative accuracy down to identical rows, where both are exactly 0, and in
-# rows whose largest p is near 1, where the class of both maxima adds nothing. Elsewhere q - p is
-# taken from d where d is small.
+# d = log p - log q, p of the teacher: the scaled difference of the logits, less that of the largest
+# ones (`relative_difference`), plus `shift`, the logarithm of the ratio of the normalisers. These
+# are sums that may have nearly all in common; their difference is summed class by class, with
+# expm1 where it is small. So d, the loss and the gradient keep their relative accuracy down to
+# identical rows, where they are exactly 0, and in rows whose largest p is near 1, where the class
+# of both maxima adds nothing.
 
 
 @triton.jit
@@ -85,48 +84,6 @@ def log1p_float32(z):
 
 
 @triton.jit
-def kl_begin(ROWS: tl.constexpr):
-    t_max, t_rest = softmax_begin(ROWS, tl.float32)
-    s_max, s_rest = softmax_begin(ROWS, tl.float32)
-    return t_max, t_rest, s_max, s_rest, t_max, -t_max
-
-
-@triton.jit
-def kl_range(teacher, student):
-    """Largest and smallest difference of each row."""
-    d = teacher - student
-    masked = (teacher == -INF) & (student == -INF)
-    return row_max(tl.where(masked, -INF, d)), row_min(tl.where(masked, INF, d))
-
-
-@triton.jit
-def kl_tile(teacher, student, scale):
-    """State of a row that is one tile, and the exponentials."""
-    t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
-    s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
-    d_max, d_min = kl_range(teacher, student)
-    return (t_max, t_rest, s_max, s_rest, d_max, d_min), t_exp, s_exp
-
-
-@triton.jit
-def kl_join(state, teacher, student, scale):
-    t_max, t_rest, s_max, s_rest, d_max, d_min = state
-    t_max, t_rest = softmax_join(t_max, t_rest, teacher, scale, tl.float32)
-    s_max, s_rest = softmax_join(s_max, s_rest, student, scale, tl.float32)
-    high, low = kl_range(teacher, student)
-    return t_max, t_rest, s_max, s_rest, tl.maximum(d_max, high), tl.minimum(d_min, low)
-
-
-@triton.jit
-def kl_near(state, scale):
-    """Which rows are near."""
-    d_max, d_min = state[4], state[5]
-    # Of a constant between the logits much is rounded off: the range may be as much larger.
-    rounded = tl.maximum(tl.abs(d_max), tl.abs(d_min)) * EPSILON
-    return (d_max - d_min + rounded) * scale <= 0.25
-
-
-@triton.jit
 def difference(a, b):
     """a - b as two: rounded, and what the rounding lost."""
     d = a - b
@@ -135,44 +92,76 @@ def difference(a, b):
 
 
 @triton.jit
-def near_difference(reference, reference_lost, teacher, student, scale):
-    """d0, less the reference in units of the logits: a class of both maxima has exactly 0; 0 for a
-    class that is masked in both. The logits may differ by a constant much larger than what is left:
-    what the differences lose is carried along."""
-    d, lost = difference(teacher, student)
-    d = tl.where(tl.abs(d) < INF, (d - reference) + (lost - reference_lost), d) * scale
+def relative_difference(reference, lost, teacher, student, scale):
+    """The scaled difference of the logits less the reference: 0 for a class that is masked in both.
+    The logits may differ by a constant much larger than what is left: what the differences lose is
+    carried along."""
+    d, here_lost = difference(teacher, student)
+    d = tl.where(tl.abs(d) < INF, (d - reference) + (here_lost - lost), d) * scale
     return tl.where((teacher == -INF) & (student == -INF), 0.0, d)
 
 
 @triton.jit
-def near_reference(state):
-    """The difference of the largest logits."""
-    return difference(state[0], state[2])
+def excess(t_exp, s_exp, d):
+    """s_exp - t_exp, of which d is the logarithm of t_exp / s_exp."""
+    return tl.where(tl.abs(d) < 1, t_exp * (expm1_plus(d) - d), s_exp - t_exp)
 
 
 @triton.jit
-def kl_change(state, t_exp, teacher, student, scale):
-    """sum e expm1(-(d0 - reference)) of a tile, e the teacher's exponentials."""
-    reference, lost = near_reference(state)
-    u = near_difference(reference, lost, teacher, student, scale)
-    return row_sum(t_exp * (expm1_plus(u) - u))
+def kl_begin(ROWS: tl.constexpr):
+    """Of the teacher and of the student: the largest logit, the sum of the exponentials without one
+    of the largest; then by how much the student's whole sum exceeds the teacher's."""
+    t_max, t_rest = softmax_begin(ROWS, tl.float32)
+    s_max, s_rest = softmax_begin(ROWS, tl.float32)
+    return t_max, t_rest, s_max, s_rest, tl.zeros([ROWS, 1], tl.float32)
 
 
 @triton.jit
-def kl_end(state, change, scale):
+def kl_tile(teacher, student, scale):
+    """The same of one tile, and its exponentials."""
+    t_max, t_rest, t_exp = softmax_tile(teacher, scale, tl.float32)
+    s_max, s_rest, s_exp = softmax_tile(student, scale, tl.float32)
+    t_exp, s_exp = tl.where(teacher == -INF, 0.0, t_exp), tl.where(student == -INF, 0.0, s_exp)
+    reference, lost = difference(t_max, s_max)
+    d = relative_difference(reference, lost, teacher, student, scale)
+    return (t_max, t_rest, s_max, s_rest, row_sum(excess(t_exp, s_exp, d))), t_exp, s_exp
+
+
+@triton.jit
+def kl_excess_at(state, t_max, s_max, scale):
+    """The excess of a state as it is when the largest logits are these, which are no smaller."""
+    t_top, t_rest, s_top, s_rest, more = state
+    t_factor = tl.where(t_top == -INF, 0.0, exp_scaled(t_top - t_max, scale, tl.float32))
+    s_factor = tl.where(s_top == -INF, 0.0, exp_scaled(s_top - s_max, scale, tl.float32))
+    reference, lost = difference(t_max, s_max)
+    d = relative_difference(reference, lost, t_top, s_top, scale)
+    # Both sums shrink by the smaller factor; one of them by less. A sum that shrinks to nothing may
+    # have been so large that the other one is lost in the excess.
+    one = tl.where(s_factor >= t_factor, s_rest, t_rest) + 1
+    return more * tl.minimum(t_factor, s_factor) + excess(t_factor, s_factor, d) * one
+
+
+@triton.jit
+def kl_join(state, teacher, student, scale):
+    """Takes a tile along."""
+    here, _, _ = kl_tile(teacher, student, scale)
+    t_max, t_rest = softmax_merge(state[0], state[1], here[0], here[1], scale, tl.float32)
+    s_max, s_rest = softmax_merge(state[2], state[3], here[2], here[3], scale, tl.float32)
+    more = kl_excess_at(state, t_max, s_max, scale) + kl_excess_at(here, t_max, s_max, scale)
+    return t_max, t_rest, s_max, s_rest, more
+
+
+@triton.jit
+def kl_end(state):
     """What the gradient needs to know of a row."""
-    t_max, t_rest, s_max, s_rest, _, _ = state
+    t_max, t_rest, s_max, s_rest, more = state
     t_rest = softmax_end(t_max, t_rest)
     s_rest = softmax_end(s_max, s_rest)
-    near = kl_near(state, scale)
     t_inverse, s_inverse = 1 / (1 + t_rest), 1 / (1 + s_rest)
-    # log of the ratio of the sums, which is a small number more often than either logarithm is
-    more = s_rest >= t_rest
-    excess = tl.where(more, (s_rest - t_rest) * t_inverse, (t_rest - s_rest) * s_inverse)
-    shift = log1p_float32(tl.where(near, change * t_inverse, excess))
-    shift = tl.where(near | more, shift, -shift)
-    reference, lost = near_reference(state)
-    return t_max, t_inverse, s_max, s_inverse, near, reference, lost, shift
+    more += (t_rest + s_rest) * 0  # nan where either is
+    shift = log1p_float32(tl.abs(more) * tl.where(more > 0, t_inverse, s_inverse))
+    reference, lost = difference(t_max, s_max)
+    return t_max, t_inverse, s_max, s_inverse, reference, lost, tl.where(more > 0, shift, -shift)
 
 
 @triton.jit
@@ -185,11 +174,11 @@ def kl_terms(row, teacher, student, scale):
 
 @triton.jit
 def kl_terms_of(row, t_exp, s_exp, teacher, student, scale):
-    t_max, t_inverse, s_max, s_inverse, near, reference, lost, shift = row
+    t_max, t_inverse, s_max, s_inverse, reference, lost, shift = row
     p, q = t_exp * t_inverse, s_exp * s_inverse
-    d = near_difference(reference, lost, teacher, student, scale) + shift
+    d = relative_difference(reference, lost, teacher, student, scale) + shift
     plus = expm1_plus(d)
-    close = near | (tl.abs(d) < 1)  # beyond, q - p + p d loses a few bits at most
+    close = tl.abs(d) < 1  # beyond, q - p + p d loses a few bits at most
     change = tl.where(close, p * (plus - d), q - p)
     term = tl.where(close, p * plus, change + tl.where(p > 0, p * d, 0.0))
     term = tl.where((teacher == -INF) & (student == -INF), p * 0, term)
@@ -207,21 +196,14 @@ def kl_row(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """kl_end of rows that do not fit on chip, in one visit; two where a row is near."""
+    """kl_end of rows that do not fit on chip, in one visit."""
     columns = tl.arange(0, BLOCK_C)[None, :]
     state = kl_begin(ROWS)
     for c in range(0, C, BLOCK_C):
         teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
         student = load_tile(student_rows, c + columns, used, C, tl.float32)
         state = kl_join(state, teacher, student, scale)
-    change = tl.zeros([ROWS, 1], tl.float32)
-    if tl.max((kl_near(state, scale) & used).to(tl.int32)) > 0:
-        for c in range(0, C, BLOCK_C):
-            teacher = load_tile(teacher_rows, c + columns, used, C, tl.float32)
-            student = load_tile(student_rows, c + columns, used, C, tl.float32)
-            t_exp = exp_scaled(teacher - state[0], scale, tl.float32)
-            change += kl_change(state, t_exp, teacher, student, scale)
-    return kl_end(state, change, scale)
+    return kl_end(state)
 
 
 # ----------------------------------------------------------------------- every divergence, float64

@@ -26,9 +26,7 @@ from .common import (
 from .divergence import (
     KINDS,
     is_fast,
-    kl_change,
     kl_end,
-    kl_near,
     kl_row,
     kl_terms,
     kl_terms_of,
@@ -120,10 +118,7 @@ def kd_loss_kernel(
             t_logits = load_tile(teacher_rows, columns, used, C, tl.float32)
             s_logits = load_tile(student_rows, columns, used, C, tl.float32)
             state, t_exp, s_exp = kl_tile(t_logits, s_logits, scale)
-            change = tl.zeros([ROWS, 1], tl.float32)
-            if tl.max((kl_near(state, scale) & used).to(tl.int32)) > 0:
-                change = kl_change(state, t_exp, t_logits, s_logits, scale)
-            row = kl_end(state, change, scale)
+            row = kl_end(state)
             term, grad = kl_terms_of(row, t_exp, s_exp, t_logits, s_logits, scale)
             loss = row_sum(term).to(tl.float64)
             if STUDENT_GRAD:

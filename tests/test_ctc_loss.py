@@ -188,6 +188,22 @@ def test_integer_dtypes_and_strides(on, dtype):
         assert torch.equal(loss, expected)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_every_label_of_an_integer_dtype(on, dtype):
+    """Among them 254 and 255, which in one byte look like -2 and -1."""
+    high = min(255, torch.iinfo(dtype).max)
+    targets = torch.tensor([[high - 1, 7, high, 7], [high - 1, high - 1, high, high]])
+    p = problem(T=20, N=2, C=256, S=4, seed=16)
+    p = p._replace(targets=targets, target_lengths=torch.tensor([4, 4]))
+    expected, grad = ctc_oracle(p._replace(logits=p.logits.float()), "sum")
+    x = on.leaf(p.logits.float())
+    targets = p.targets.to(on.device, dtype)
+    loss = on.ctc_loss(x, targets, p.input_lengths, p.target_lengths, reduction="sum")
+    loss.backward()
+    assert_loss(loss, expected, torch.float32)
+    assert_ctc_grad(x.grad, grad, torch.float32)
+
+
 def test_concatenated_targets(on):
     p = problem(N=5, seed=9)
     rows = zip(p.targets, p.target_lengths, strict=True)

@@ -78,7 +78,7 @@ def ctc_first_kernel(
     own = own_places(lane, VECTORS, LANES)
     kept = lane * VECTORS <= S
     tables = (blank_m_ptr, blank_e_ptr, label_m_ptr, label_e_ptr)
-    rows = chain.to(tl.int64) * ((T + 1) // 2) * (2 * SP)
+    rows = chain.to(tl.int64) * ((T + 1) // 2)
     origin = n.to(tl.int64) * T + tl.where(backward, frames - 1, 0)
     direction = tl.where(backward, -1, 1)
     before = tl.maximum(lane - 1, 0) + tl.zeros([GROUP, 1], tl.int32)
@@ -92,7 +92,7 @@ def ctc_first_kernel(
             new = advance(state, emission, skip, lane == 0, before, GROUP, LANES, VECTORS, FLOAT)[1]
             state = chosen(here, new, state, VECTORS)
             store_state(
-                (rows_m_ptr, rows_e_ptr), state, rows + (i + j) * (2 * SP), own, here & kept,
+                (rows_m_ptr, rows_e_ptr), state, (rows + i + j) * (2 * SP), own, here & kept,
                 VECTORS, SP,
             )  # fmt: skip
         state = normal(state, VECTORS, FLOAT)
@@ -196,7 +196,7 @@ def ctc_second_kernel(
         origin = n.to(tl.int64) * T + tl.where(backward, frames - 1, 0)
         direction = tl.where(backward, -1, 1)
         mine = (chain.to(tl.int64) * size + first - 1) * (2 * SP)
-        other_rows = (chain + direction).to(tl.int64) * size * (2 * SP)
+        other_last = (chain + direction).to(tl.int64) * size + frames - 1
         stored = load_state(
             rows, mine, own, blank_in, own, blank_in, runs & (first > 0), VECTORS, SP
         )
@@ -209,7 +209,7 @@ def ctc_second_kernel(
             frame = origin + i * direction
             emission = symbols_at(tables, frame, here, at, inside, VECTORS, SP)
             other = load_state(
-                rows, other_rows + (frames - 1 - i) * (2 * SP), blank_at, blank_in, label_at,
+                rows, (other_last - i) * (2 * SP), blank_at, blank_in, label_at,
                 inside, here, VECTORS, SP,
             )  # fmt: skip
             x, new = advance(state, emission, skip, lane == 0, before, GROUP, LANES, VECTORS, FLOAT)

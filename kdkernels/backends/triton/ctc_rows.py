@@ -90,13 +90,13 @@ def links(n, labels_ptr, targets_s, S, next_ptr, head_ptr, most_ptr, SP: tl.cons
     most = 0
     for k0 in range(0, S, BLOCK):
         k = (k0 + tl.arange(0, BLOCK))[:, None]
-        label_k = tl.load(labels_ptr + k * targets_s, mask=k < S, other=-1).to(tl.int64)
+        label_k = tl.load(labels_ptr + k * targets_s, mask=k < S, other=0).to(tl.int64)
         following = tl.full([BLOCK, 1], SP, tl.int32)
         before = tl.zeros([BLOCK, 1], tl.int32)
         for j0 in range(0, S, BLOCK):
             j = (j0 + tl.arange(0, BLOCK))[None, :]
-            label_j = tl.load(labels_ptr + j * targets_s, mask=j < S, other=-2).to(tl.int64)
-            equal = label_k == label_j
+            label_j = tl.load(labels_ptr + j * targets_s, mask=j < S, other=0).to(tl.int64)
+            equal = (label_k == label_j) & (k < S) & (j < S)
             after = tl.where(equal & (j > k), j, SP)
             following = tl.minimum(following, tl.min(after, 1, keep_dims=True))
             before += tl.sum((equal & (j < k)).to(tl.int32), 1, keep_dims=True)

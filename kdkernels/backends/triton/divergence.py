@@ -14,7 +14,6 @@ from .common import (
     INF,
     LN2,
     exp_scaled,
-    row_max,
     row_sum,
     softmax_begin,
     softmax_end,

@@ -46,7 +46,9 @@ def supports(device_type: str) -> bool:
 def _compiled_for_every_gpu() -> bool:
     """Of those that this process sees; the kernels need sm_80. (ROCm calls its GPUs cuda too.)"""
     gpus = range(torch.cuda.device_count())
-    return torch.version.hip is None and all(torch.cuda.get_device_capability(i) >= (8, 0) for i in gpus)
+    return torch.version.hip is None and all(
+        torch.cuda.get_device_capability(i) >= (8, 0) for i in gpus
+    )
 
 
 def _place(device: torch.device) -> tuple[int, int]:

@@ -154,7 +154,8 @@ def main() -> int:
         return 130
     result["took_seconds"] = perf_counter() - began
     missed = sum(not f["met"] for row in result["rows"] for f in row["floors"].values())
-    print(f"\n{missed} floors missed; {result['took_seconds']:.0f} s")
+    tiny = " (they are not for tiny shapes)" if args.tiny else ""
+    print(f"\nfloors missed: {missed}{tiny}; {result['took_seconds']:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.whole:

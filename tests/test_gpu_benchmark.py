@@ -25,17 +25,25 @@ class Event:
         return 1e3 * (end.at - self.at)
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    path = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("KDKERNELS_GPU_STARTED", "")
     monkeypatch.delenv("KDKERNELS_GPU_STARTED")
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    module = load(monkeypatch)
     stand_ins = {
         "Event": Event,
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "empty_cache": lambda: None,
         "is_available": lambda: True,
         "get_device_name": lambda: "a GPU",
@@ -84,6 +92,12 @@ def any_backend(gpu, monkeypatch):
         return add(self, name, *args, **kwargs)
 
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", lenient)
+
+
+def test_the_committed_table_is_of_the_committed_rows(monkeypatch):
+    results = BENCHMARKS / "results" / "gpu" / "gpu.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    assert results.with_suffix(".md").read_text() == load(monkeypatch).table(found) + "\n"
 
 
 def test_every_row_has_every_figure(gpu, monkeypatch, tmp_path):

@@ -176,6 +176,13 @@ def test_log_probabilities_are_logits(on):
     torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", [0, 18])
+def test_logits_far_apart(on, seed):
+    """A probability is e^-d of a d that float32 rounds by more than the result may be wrong."""
+    p = problem(T=250, N=2, C=30, S=60, seed=seed)
+    check(on, p._replace(logits=1000 * p.logits))
+
+
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integer_dtypes_and_strides(on, dtype):
     p = problem(seed=8)

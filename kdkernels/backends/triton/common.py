@@ -137,6 +137,14 @@ def row_max(x):
 
 
 @triton.jit
+def difference(a, b):
+    """a - b as two: rounded, and what the rounding lost."""
+    d = a - b
+    minus_b = d - a
+    return d, (a - (d - minus_b)) - (b + minus_b)
+
+
+@triton.jit
 def exp_scaled(x, scale, FLOAT: tl.constexpr):
     """e^(x scale)"""
     if FLOAT == tl.float64:

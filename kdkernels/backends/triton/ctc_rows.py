@@ -12,6 +12,7 @@ from .common import (
     INF,
     LOG2E,
     ZERO_SYMBOL,
+    difference,
     jit,
     scalar,
     softmax_begin,
@@ -57,29 +58,25 @@ def place(k, VECTORS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def relative_probability(d, FLOAT: tl.constexpr):
-    """e^d = m * 2^e for d <= 0."""
-    d = tl.maximum(d, -2.3e7)  # below every number that counts; -inf is dealt with by the caller
+def symbol(x, top, FLOAT: tl.constexpr):
+    """e^(x - top) = m * 2^e for x <= top, what the subtraction loses carried along."""
+    d, lost = difference(x, top)
+    possible = d > -2.3e7  # below every number that counts
+    d, lost = tl.where(possible, d, -2.3e7), tl.where(possible, lost, 0.0)
     n = tl.floor(d * LOG2E + 0.5)
     if FLOAT == tl.float64:
-        m = tl.exp(d - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10)
+        m = tl.exp(lost + (d - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10))
     else:
         coarse = tl.floor(n * (1.0 / 4096) + 0.5) * 4096.0  # so that each product is exact
-        r = ((d - coarse * 0.693359375) - (n - coarse) * 0.693359375) + n * 2.12194440e-4
+        r = ((d - coarse * 0.693359375) - (n - coarse) * 0.693359375) + n * 2.12194440e-4 + lost
         y = r * (1.0 / 5040) + 1.0 / 720
         y = y * r + 1.0 / 120
         y = y * r + 1.0 / 24
         y = y * r + 1.0 / 6
         y = y * r + 0.5
         m = y * (r * r) + r + 1.0
-    return m, n.to(tl.int32)
-
-
-@triton.jit
-def symbol(x, top, FLOAT: tl.constexpr):
-    m, e = relative_probability(x - top, FLOAT)
     zero = x == -INF
-    return tl.where(zero, 1.0, m), tl.where(zero, ZERO_SYMBOL, e)
+    return tl.where(zero, 1.0, m), tl.where(zero, ZERO_SYMBOL, n.to(tl.int32))
 
 
 @triton.jit

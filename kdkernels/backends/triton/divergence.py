@@ -13,6 +13,7 @@ import triton.language as tl
 from .common import (
     INF,
     LN2,
+    difference,
     exp_scaled,
     row_sum,
     softmax_begin,
@@ -80,14 +81,6 @@ def log1p_float32(z):
     y = y * square + 2.0
     log = exponent.to(tl.float32) * LN2 + y * r
     return tl.where(z < INF, log, z)  # nan stays
-
-
-@triton.jit
-def difference(a, b):
-    """a - b as two: rounded, and what the rounding lost."""
-    d = a - b
-    minus_b = d - a
-    return d, (a - (d - minus_b)) - (b + minus_b)
 
 
 @triton.jit

@@ -57,11 +57,12 @@ def run(settings: Settings) -> dict:
     on = training.machine(settings)
     opened = teachers.open_teachers(settings.teachers)
     folder = Folder(out, settings)
-    if processes.rank() == 0:
-        folder.begin()
+    folder.check()
     with processes.first_then_others():
         corpora = prepare(settings, cache, teachers.characters(opened))
-    teachers.check_alphabets(opened, corpora.alphabet)
+        teachers.check_alphabets(opened, corpora.alphabet)
+        if processes.rank() == 0:  # not before all that was asked for is there
+            folder.begin()
     prepared = time.perf_counter() - start
     there = len(corpora.transcribed)
     if there < settings.student_transcripts:

@@ -85,6 +85,24 @@ def test_a_longer_run_in_the_same_folder(finished, tmp_path, capsys, monkeypatch
     assert steps == [0]  # the batch whose loss is timed
 
 
+@pytest.mark.parametrize("name", ["settings.yaml", "teacher.safetensors", "report.md"])
+def test_files_of_others_are_not_replaced(tmp_path, capsys, name):
+    (tmp_path / name).write_text("lr: 1")
+    assert train.main([*COMMAND, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / name} would be replaced" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "lr: 1"
+
+
+def test_a_wrong_path_leaves_a_run_where_it_is(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = sorted(out.iterdir())
+    data = [f"--{name}=typo.jsonl" for name in ("transcribed", "untranscribed", "test")]
+    assert train.main([*COMMAND, "--out", str(out), *data]) == 2
+    assert "cannot read typo.jsonl" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
 def test_other_data_under_the_same_settings(tmp_path, capsys):
     chosen = Settings(out=str(tmp_path))
     save(chosen, tmp_path / "settings.yaml")

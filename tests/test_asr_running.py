@@ -55,10 +55,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(out, tmp_path, capsys):
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / STUDENT).exists()
-    (tmp_path / ".report.json.999999999.tmp").write_text("half")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".draft.tmp").write_text("of another program")
+    (tmp_path / ".report.json.999999999.kdkernels-tmp").write_text("half")
     assert again(tmp_path, capsys) == (0, "")
     assert (tmp_path / STUDENT).read_bytes() == (out / STUDENT).read_bytes()
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.kdkernels-tmp"))
+    assert (tmp_path / "mine" / ".draft.tmp").exists()
 
 
 def test_killed_right_after_a_checkpoint_it_has_the_best(out, tmp_path, capsys, monkeypatch):

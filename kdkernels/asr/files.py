@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .console import write
 
+UNFINISHED = ".kdkernels-tmp"  # how the name ends of a file that is being written
+
 
 class TrainError(Exception):
     """Something the user can fix: shown as one message, exit code 2, no traceback."""
@@ -43,7 +45,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -109,10 +111,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes had begun to write."""
-    for path in folder.rglob(".*.tmp"):
-        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+    """Remove what killed processes had begun to write, by its name, which nothing else has."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        pid = path.name.removesuffix(UNFINISHED).rpartition(".")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
 
 

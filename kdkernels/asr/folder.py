@@ -16,6 +16,7 @@ from .arms import TITLES
 from .console import warn
 
 STAGES = ("ssl", *TITLES)
+SETTINGS = "settings.yaml"
 
 
 def _of(stage: str) -> list[str]:
@@ -76,9 +77,21 @@ class Folder:
         self.path, self._settings = path, chosen
         self._own: set[str] = set()  # stages whose files are this run's
 
+    def check(self) -> None:
+        """Raises TrainError where files that a run would replace are no run's."""
+        if "student_steps" in settings.read(self.path / SETTINGS):
+            return
+        parts = [part for stage in STAGES for part in _of(stage)]
+        for path in (self.path / part for part in (SETTINGS, *parts, *report.FILES)):
+            if path.exists() and not _keys(path):
+                raise files.TrainError(
+                    f"{path} would be replaced, and there is no {SETTINGS} of a training beside "
+                    "it: choose another folder with --out, or move that file"
+                )
+
     def begin(self) -> None:
         """Set aside what a run with other settings left, and write OUT/settings.yaml."""
-        written = self.path / "settings.yaml"
+        written = self.path / SETTINGS
         old = settings.read(written)
         changed = settings.changes(old, self._settings)
         if changed and (aside := self._set_aside(settings.digest(old))):

@@ -93,6 +93,19 @@ def test_files_of_others_are_not_replaced(tmp_path, capsys, name):
     assert (tmp_path / name).read_text() == "lr: 1"
 
 
+def test_a_link_is_followed_and_a_pipe_is_not_replaced(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    (tmp_path / "file").write_text("old")
+    link.symlink_to(tmp_path / "file")
+    os.mkfifo(pipe)
+    files.write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    with pytest.raises(files.TrainError, match="no regular file"):
+        files.write_bytes(pipe, b"new")
+    assert pipe.is_fifo()
+
+
 def test_a_wrong_path_leaves_a_run_where_it_is(finished, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(finished, out)

@@ -44,13 +44,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write through a temporary file and a rename: a reader sees the old file or the new one."""
     temporary = None
     try:
+        if path.exists() and not path.is_file():  # a rename would replace a device by a file
+            raise TrainError(f"cannot write {path}: it is no regular file; choose another")
+        target = path.resolve()  # a link stays, and leads to what is written
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise TrainError(
             f"cannot write {path}: {error.strerror or error}; fix that and run the same command "

@@ -127,15 +127,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def save(path: Path, text: str) -> None:
-    """Whole or not at all: what was there before stays where the disk is full."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Whole or not at all: what was there before stays where the disk is full. Into a pipe or a
+    device, as /dev/stdout, it is written."""
+    special = path.exists() and not path.is_file()
+    target = path if special else path.resolve()
+    temporary = target if special else target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(text)
-        temporary.replace(path)
+        if not special:
+            temporary.replace(target)
     except OSError as error:
+        if not special:
+            temporary.unlink(missing_ok=True)
         sys.exit(f"bench: cannot write {path}: {error.strerror or error}")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main() -> int:
